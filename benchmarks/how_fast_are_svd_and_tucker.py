@@ -1,0 +1,150 @@
+"""How fast are the truncated SVD and Tucker-2 beside tensorly, torch.svd_lowrank and the full SVD, at equal error?
+
+    OMP_NUM_THREADS=1 python benchmarks/how_fast_are_svd_and_tucker.py
+
+Synthetic weights of real shapes, with the slowly decaying spectra of trained layers: singular values (and, for kernels,
+the scales of the channels) fall like i^-0.4. `error / least` is the relative Frobenius error over that of the best
+approximation of the rank (SVD), or over tensorly's error (Tucker-2). Same stopping rule for Tucker-2: a sweep that
+lowers the relative error by less than 1e-4.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import tensorly
+import torch
+from _timing import compare, ratio, write
+from tensorly.decomposition import partial_tucker
+from torch import Tensor
+
+from rankfold.decompose import SVD, svd, tucker
+
+DECAY, TOLERANCE = 0.4, 1e-4
+SVD_CASES = (  # rows, columns, rank, rounds
+    (512, 4608, 128, 5),
+    (4096, 4096, 256, 1),
+)
+
+
+def orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    return torch.linalg.qr(torch.randn(rows, columns, generator=generator))[0]
+
+
+def matrix(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Return a matrix and its singular values."""
+    generator, small = torch.Generator().manual_seed(0), min(rows, columns)
+    values = torch.arange(1, small + 1, dtype=torch.float64) ** -DECAY
+    left, right = orthonormal(rows, small, generator), orthonormal(columns, small, generator)
+    return (left * values.float()) @ right.T, values
+
+
+def kernel(out: int, channels: int) -> Tensor:
+    """Return a 3x3 convolution's kernel whose channel modes have decaying spectra."""
+    generator = torch.Generator().manual_seed(0)
+    core = torch.randn(out, channels, 3, 3, generator=generator)
+    left = orthonormal(out, out, generator) * torch.arange(1, out + 1) ** -DECAY
+    right = orthonormal(channels, channels, generator) * torch.arange(1, channels + 1) ** -DECAY
+    return torch.einsum("at,tsij,bs->abij", left, core, right).contiguous()
+
+
+def dense_error(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> float:
+    return float(torch.linalg.norm(weight - (u * s) @ vh) / torch.linalg.norm(weight))
+
+
+def svd_rows(rows: int, columns: int, rank: int, rounds: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    single, values = matrix(rows, columns)
+    weight, energies = single.to(dtype), values**2
+    least = math.sqrt(float(energies[rank:].sum() / energies.sum()))
+    found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def keep(name: str, run: Callable[[], tuple[Tensor, Tensor, Tensor]]) -> Callable[[], None]:
+        return lambda: found.update({name: run()})
+
+    def full() -> tuple[Tensor, Tensor, Tensor]:
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        return u[:, :rank], s[:rank], vh[:rank]
+
+    def lowrank() -> tuple[Tensor, Tensor, Tensor]:
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(weight, q=rank, niter=10)
+        return u, s, v.T
+
+    def ours(**options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        result: SVD = svd(weight, rank, **options)
+        return result.u, result.s, result.vh
+
+    runs = {"torch.linalg.svd": full, "torch.svd_lowrank(niter=10)": lowrank, "rankfold.svd": ours}
+    if dtype == torch.float32:
+        runs["rankfold.svd(dtype=float64)"] = lambda: ours(dtype=torch.float64)
+    times = compare({name: keep(name, run) for name, run in runs.items()}, rounds=rounds, warmup=rounds > 2)
+    return [
+        {
+            "case": f"SVD {rows}x{columns}, rank {rank}",
+            "dtype": str(dtype).removeprefix("torch."),
+            "method": name,
+            "time": times[name],
+            "faster than full SVD": ratio(times["torch.linalg.svd"], times[name]),
+            "faster than peer": ratio(times["torch.svd_lowrank(niter=10)"], times[name]),
+            "error": (error := dense_error(weight, *found[name])),
+            "error / least": round(error / least, 5),
+        }
+        for name in runs
+    ]
+
+
+def tucker_rows(channels: int, rounds: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    weight, rank = kernel(channels, channels).to(dtype), (channels // 2, channels // 2)
+    norm, dense = torch.linalg.norm(weight), {}
+
+    def ours() -> None:
+        dense["rankfold.tucker"] = tucker(weight, rank, modes=(0, 1), tolerance=TOLERANCE).to_dense
+
+    def theirs() -> None:
+        (core, factors), _ = partial_tucker(weight, rank=list(rank), modes=[0, 1], tol=TOLERANCE, n_iter_max=50)
+        dense["tensorly.partial_tucker"] = lambda: torch.einsum("at,tsij,bs->abij", factors[0], core, factors[1])
+
+    runs = {"tensorly.partial_tucker": theirs, "rankfold.tucker": ours}
+    times = compare(runs, rounds=rounds)
+    errors = {name: float(torch.linalg.norm(weight - dense[name]()) / norm) for name in runs}
+    return [
+        {
+            "case": f"Tucker-2 {channels}x{channels}x3x3, ranks {rank}",
+            "dtype": str(dtype).removeprefix("torch."),
+            "method": name,
+            "time": times[name],
+            "faster than full SVD": "",
+            "faster than peer": ratio(times["tensorly.partial_tucker"], times[name]),
+            "error": errors[name],
+            "error / least": round(errors[name] / errors["tensorly.partial_tucker"], 5),
+        }
+        for name in runs
+    ]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    tensorly.set_backend("pytorch")
+    rows: list[dict[str, Any]] = []
+    for dtype in (torch.float32, torch.float64):
+        rows += tucker_rows(256, 5, dtype)
+        rows += tucker_rows(512, 2, dtype)
+    rows += svd_rows(*SVD_CASES[0], torch.float32) + svd_rows(*SVD_CASES[0], torch.float64)
+    rows += svd_rows(*SVD_CASES[1], torch.float32)
+    write(
+        "how_fast_are_svd_and_tucker",
+        rows,
+        title="How fast are the SVD and Tucker-2?",
+        tensorly=tensorly.__version__,
+        tucker_tolerance=TOLERANCE,
+        decay=DECAY,
+    )
+
+
+if __name__ == "__main__":
+    main()

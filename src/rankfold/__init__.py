@@ -1,0 +1,35 @@
+"""Rankfold makes PyTorch networks small and fast by low-rank and tensor decompositions."""
+
+from rankfold import decompose, layers, ranks, spectrum, train
+from rankfold.errors import BudgetError, RankfoldError
+from rankfold.exporters import export
+from rankfold.pipeline import compress
+from rankfold.planning import Budget, Choice, Plan, plan
+from rankfold.reports import Report, report
+from rankfold.stats import Stats, measure
+from rankfold.store import load, save
+from rankfold.surgery import apply, densify
+
+__all__ = [
+    "Budget",
+    "BudgetError",
+    "Choice",
+    "Plan",
+    "RankfoldError",
+    "Report",
+    "Stats",
+    "apply",
+    "compress",
+    "decompose",
+    "densify",
+    "export",
+    "layers",
+    "load",
+    "measure",
+    "plan",
+    "ranks",
+    "report",
+    "save",
+    "spectrum",
+    "train",
+]

@@ -1,0 +1,72 @@
+"""The one reading of what a loader yields and of what an example is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.errors import DataError
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def example_arguments(example: Any) -> Arguments:
+    """Return the positional and keyword arguments that an example stands for.
+
+    A tensor is one argument, a tuple or list is all positional arguments, a mapping is keyword arguments.
+    """
+    if isinstance(example, Tensor):
+        return (example,), {}
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, Sequence) and not isinstance(example, str) and len(example):
+        return tuple(example), {}
+    raise DataError(f"an example is a tensor, a tuple of arguments or a dict of keyword arguments, not {example!r:.80}")
+
+
+def batch_arguments(batch: Any) -> Arguments:
+    """Return the arguments to call a model with for one batch of a loader.
+
+    A batch is a tensor, a tuple or list with the inputs first (the rest are targets), or a mapping of
+    keyword arguments. Inputs that are themselves a tuple or a mapping are several arguments.
+    """
+    if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch):
+        return example_arguments(batch[0])
+    if isinstance(batch, Tensor | Mapping):
+        return example_arguments(batch)
+    raise DataError(f"a batch is a tensor, a tuple (inputs first) or a dict of keyword arguments, not {batch!r:.80}")
+
+
+def batch_target(batch: Any) -> Any:
+    """Return what stands behind the inputs in a batch: one target, a tuple of them, or None.
+
+    A mapping has its target under "labels" or "label" where it has one.
+    """
+    if isinstance(batch, Mapping):
+        return batch.get("labels", batch.get("label"))
+    if isinstance(batch, Sequence) and len(batch) > 1:
+        return batch[1] if len(batch) == 2 else tuple(batch[1:])
+    return None
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move every tensor inside tuples, lists and mappings to a device."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        moved = [to_device(item, device) for item in value]
+        # A named tuple takes its fields one by one.
+        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
+    return value
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter or buffer of a model (the CPU where it has none)."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,333 @@
+"""The commands: each reads its words, calls one function of the library and shows what came back."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from rankfold._atomic import atomic_path
+from rankfold._batches import batch_arguments
+from rankfold.cli import _options as o
+from rankfold.cli._sources import RANDOM, SourceError, called, example_of, fitting_input, fresh, function_of, model_of
+from rankfold.demo import demo as run_demo
+from rankfold.errors import DataError
+from rankfold.exporters import export as export_model
+from rankfold.planning import Budget, Plan
+from rankfold.planning import plan as make_plan
+from rankfold.plots import plot_report
+from rankfold.reports import report as make_report
+from rankfold.stats import measure as measure_model
+from rankfold.store import load, read_plan, save
+from rankfold.surgery import apply as apply_plan
+from rankfold.train import History, Recipe, fit
+
+
+def measure(  # noqa: PLR0913
+    model: o.Model,
+    weights: o.Weights = None,
+    example: o.Example = None,
+    dtype: o.Dtype = "float32",
+    data: o.Data = None,
+    device: o.Device = "cpu",
+    as_json: o.Json = False,
+) -> None:
+    """Count parameters and multiply-adds of a model and of each of its layers."""
+    given = _input(example, dtype, data)
+    source = model_of(model, weights, device)
+    with fitting_input():
+        stats = measure_model(source, **given)
+    if as_json:
+        typer.echo(stats.to_json())
+        return
+    table = Table("layer", "kind", title=f"{model}, batch of {stats.batch_size}", title_justify="left")
+    for head in ("params", "MACs", "calls"):
+        table.add_column(head, justify="right")
+    for name, layer in stats.layers.items():
+        table.add_row(name, layer.kind, f"{layer.params:,}", f"{layer.macs:,}", str(len(layer.calls)))
+    table.add_section()
+    table.add_row("whole model", "", f"{stats.params:,}", f"{stats.macs:,}", "")
+    Console().print(table)
+    typer.echo("MACs are per example; parameters of the whole model count shared ones once.")
+
+
+def plan(  # noqa: PLR0913
+    model: o.Model,
+    weights: o.Weights = None,
+    example: o.Example = None,
+    dtype: o.Dtype = "float32",
+    data: o.Data = None,
+    device: o.Device = "cpu",
+    params: o.Params = None,
+    macs: o.Macs = None,
+    methods: o.Methods = "svd,tucker",
+    rule: o.Rule = "optimal",
+    include: o.Include = None,
+    exclude: o.Exclude = None,
+    multiple: o.Multiple = 1,
+    seed: o.Seed = 0,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.json", help="Write the plan here.")] = None,
+    force: o.Force = False,
+    as_json: o.Json = False,
+) -> None:
+    """Choose a method and a rank for every layer within a budget; nothing is changed."""
+    fresh(out, force)
+    search = _search(params, macs, methods, rule, include, exclude, multiple)
+    given = _input(example, dtype, data)
+    source = model_of(model, weights, device)
+    _note_random(model, weights)
+    found = _planned(source, given, search, seed)
+    if out is not None:
+        with atomic_path(out) as unfinished:
+            unfinished.write_text(found.to_json(), encoding="utf-8")
+        _note(f"wrote {out}")
+    typer.echo(found.to_json() if as_json else str(found))
+
+
+def compress(  # noqa: PLR0913
+    ctx: typer.Context,
+    model: o.Model,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.safetensors", help="The compressed model.")],
+    weights: o.Weights = None,
+    example: o.Example = None,
+    dtype: o.Dtype = "float32",
+    data: o.Data = None,
+    device: o.Device = "cpu",
+    params: o.Params = None,
+    macs: o.Macs = None,
+    methods: o.Methods = "svd,tucker",
+    rule: o.Rule = "optimal",
+    include: o.Include = None,
+    exclude: o.Exclude = None,
+    multiple: o.Multiple = 1,
+    seed: o.Seed = 0,
+    plan_file: o.PlanIn = None,
+    report_file: o.ReportOut = None,
+    force: o.Force = False,
+    as_json: o.Json = False,
+) -> None:
+    """Make a model smaller, by a budget or by a plan, and save it together with its plan."""
+    fresh(out, force)
+    fresh(report_file, force)
+    needs_input = plan_file is None or report_file is not None
+    given = _input(example, dtype, data) if needs_input else {}
+    if plan_file is None:
+        search = _search(params, macs, methods, rule, include, exclude, multiple)
+    else:
+        _refuse_search(ctx)
+        ready = Plan.from_json(plan_file.read_text(encoding="utf-8"))
+    source = model_of(model, weights, device)
+    _note_random(model, weights)
+    chosen = _planned(source, given, search, seed) if plan_file is None else ready
+    small = apply_plan(source, chosen, seed=seed)
+    save(small, chosen, out)
+    _note(f"saved {out}")
+    if report_file is not None:
+        make_report(source, small, chosen, example=_one_example(given)).save(report_file)
+        _note(f"wrote {report_file}")
+    typer.echo(chosen.to_json() if as_json else str(chosen))
+
+
+def train(  # noqa: PLR0913
+    model: o.Model,
+    small: o.Small,
+    data: Annotated[
+        str, typer.Option("--data", metavar="package.module:function", help="A function that returns a loader.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.safetensors", help="The trained compressed model.")],
+    weights: o.Weights = None,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the data.")] = 1,
+    lr: Annotated[float, typer.Option("--lr", min=0.0, help="Highest learning rate.")] = 1e-3,
+    teacher: Annotated[bool, typer.Option("--teacher/--no-teacher", help="Learn from the dense model too.")] = True,
+    evaluate: o.Evaluate = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", metavar="FILE", help="Written every epoch; resumed from if there.")
+    ] = None,
+    device: o.Device = "cpu",
+    seed: o.Seed = 0,
+    force: o.Force = False,
+    as_json: o.Json = False,
+) -> None:
+    """Train a compressed model further, by default with the dense model as its teacher."""
+    fresh(out, force)
+    dense, compressed, chosen = _pair(model, weights, small, device)
+    if teacher:
+        _note_random(model, weights)
+    with fitting_input():
+        history = fit(
+            compressed,
+            called(data),
+            teacher=dense if teacher else None,
+            epochs=epochs,
+            lr=lr,
+            evaluate=None if evaluate is None else function_of(evaluate),
+            recipe=Recipe(seed=seed, checkpoint=checkpoint, keep_best=evaluate is not None),
+        )
+    save(compressed, chosen, out)
+    if as_json:
+        typer.echo(json.dumps(asdict(history)))
+    else:
+        Console().print(_history_table(history))
+    _note(f"saved {out}")
+
+
+def report(  # noqa: PLR0913
+    model: o.Model,
+    small: o.Small,
+    weights: o.Weights = None,
+    example: o.Example = None,
+    dtype: o.Dtype = "float32",
+    data: o.Data = None,
+    evaluate: o.Evaluate = None,
+    runtime: o.Runtime = "eager",
+    threads: o.Threads = None,
+    device: o.Device = "cpu",
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write it: .md, .json or .txt.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw it too.")] = None,
+    force: o.Force = False,
+    as_json: o.Json = False,
+) -> None:
+    """Compare a compressed model with the dense one: sizes, work, time, accuracy, errors."""
+    fresh(out, force)
+    fresh(plot, force)
+    given = _input(example, dtype, data)
+    dense, compressed, chosen = _pair(model, weights, small, device)
+    _note_random(model, weights)
+    with fitting_input():
+        found = make_report(
+            dense,
+            compressed,
+            chosen,
+            example=_one_example(given),
+            evaluate=None if evaluate is None else function_of(evaluate),
+            runtime=runtime,
+            threads=threads,
+        )
+    for path, write in ((out, found.save), (plot, lambda target: plot_report(found, target))):
+        if path is not None:
+            write(path)
+            _note(f"wrote {path}")
+    typer.echo(found.to_json() if as_json else found.to_text())
+
+
+def export(  # noqa: PLR0913
+    model: o.Model,
+    small: o.Small,
+    example: Annotated[str, typer.Option("--example", metavar="SIZES", help="Shape of one batch: 1,3,224,224.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The program: .onnx or .pt2.")],
+    dtype: o.Dtype = "float32",
+    tolerance: Annotated[
+        float | None, typer.Option("--tolerance", help="Largest difference allowed, relative to the largest output.")
+    ] = None,
+    force: o.Force = False,
+    as_json: o.Json = False,
+) -> None:
+    """Write a compressed model as a program that runs without Rankfold, and check it."""
+    fresh(out, force)
+    _, compressed, _ = _pair(model, None, small, "cpu")
+    with fitting_input():
+        done = export_model(compressed, out, example=example_of(example, dtype), tolerance=tolerance)
+    if as_json:
+        typer.echo(json.dumps({**asdict(done), "path": str(done.path)}))
+    else:
+        typer.echo(f"{done.path}: {done.bytes / 1e6:.3g} MB, differs from the model by {done.difference:.2g}")
+
+
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIRECTORY", help="Where the model, the report and the picture go.")
+    ] = Path("rankfold-demo"),
+    seed: o.Seed = 0,
+) -> None:
+    """Train a small network on handwritten digits, compress it with every method, compare (offline)."""
+    run_demo(out, seed=seed)
+
+
+def _input(example: str | None, dtype: str, data: str | None) -> dict[str, Any]:
+    """Return what a model is measured with, as keyword arguments of `measure`."""
+    if (example is None) == (data is None):
+        raise SourceError("give one of --example 1,3,224,224 and --data package.module:function")
+    return {"example": example_of(example, dtype)} if example is not None else {"loader": called(str(data))}
+
+
+def _one_example(given: dict[str, Any]) -> Any:
+    """Return one batch as an example."""
+    if "example" in given:
+        return given["example"]
+    for batch in given["loader"]:
+        args, kwargs = batch_arguments(batch)
+        return args or kwargs
+    raise DataError("the loader is empty: it must yield at least one batch")
+
+
+def _search(  # noqa: PLR0913
+    params: float | None,
+    macs: float | None,
+    methods: str,
+    rule: str,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    multiple: int,
+) -> dict[str, Any]:
+    """Return the options of the planner as keyword arguments of `plan`."""
+    if params is None and macs is None and rule != "evbmf":  # which finds ranks without a budget
+        raise SourceError("say how much to keep: --params 0.5, --macs 0.5 or both")
+    return {
+        "budget": None if params is None and macs is None else Budget(params=params, macs=macs),
+        "methods": _words(methods),
+        "rule": rule,
+        "include": tuple(include or ()),
+        "exclude": tuple(exclude or ()),
+        "multiple": multiple,
+    }
+
+
+def _refuse_search(ctx: typer.Context) -> None:
+    for name in inspect.signature(_search).parameters:
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise SourceError(f"--plan already says what becomes of every layer: leave --{name} out")
+
+
+def _planned(source: nn.Module, given: dict[str, Any], search: dict[str, Any], seed: int) -> Plan:
+    with fitting_input():
+        stats = measure_model(source, **given)
+    return make_plan(source, stats=stats, seed=seed, **search)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _pair(model: str, weights: Path | None, small: Path, device: str) -> tuple[nn.Module, nn.Module, Plan]:
+    """Return the dense model, the compressed one that the file holds, and the plan in the file."""
+    if not small.is_file():
+        raise FileNotFoundError(f"there is no file {small}")
+    dense = model_of(model, weights, device)
+    return dense, load(small, model_of(model, None, "cpu")).to(device), read_plan(small)
+
+
+def _note_random(model: str, weights: Path | None) -> None:
+    if weights is None and model.partition(":")[0] in RANDOM:
+        _note(f"{model} has random weights: give trained ones with --weights FILE.safetensors")
+
+
+def _note(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _history_table(history: History) -> Table:
+    table = Table("epoch", title="Training", title_justify="left")
+    for head in ("loss", "metric", "seconds"):
+        table.add_column(head, justify="right")
+    for row in history.epochs:
+        metric = "" if row.metric is None else f"{row.metric:.4g}"
+        table.add_row(str(row.epoch), f"{row.loss:.4g}", metric, f"{row.seconds:.1f}")
+    return table

@@ -1,0 +1,33 @@
+"""The errors that Rankfold raises: all derive from `RankfoldError`, itself a `ValueError`."""
+
+
+class RankfoldError(ValueError):
+    """Base of every error raised on purpose by Rankfold."""
+
+
+class DecompositionError(RankfoldError):
+    """A tensor cannot be decomposed as asked (bad rank, NaN or Inf entries, wrong order)."""
+
+
+class LayerError(RankfoldError):
+    """A layer cannot be built, or cannot be replaced without changing what it computes."""
+
+
+class DataError(RankfoldError):
+    """A loader or an example is empty or has a form that the model cannot be called with."""
+
+
+class PlanError(RankfoldError):
+    """A plan is malformed or does not fit the model it is applied to."""
+
+
+class BudgetError(RankfoldError):
+    """A budget cannot be met; the message says what the closest reachable value is."""
+
+
+class StoreError(RankfoldError):
+    """A file is damaged, is not a Rankfold file, or does not fit the model."""
+
+
+class ExportError(RankfoldError):
+    """An exported program could not be written or does not compute what the model computes."""

@@ -1,0 +1,45 @@
+"""Factorised layers: the signature of the dense twin plus a rank; built, costed and undone without the model."""
+
+from rankfold.layers._contract import Call, Cost, FactorisedLayer, Spectrum
+from rankfold.layers._conv_cp import CPConv1d, CPConv2d, CPConv3d
+from rankfold.layers._conv_svd import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from rankfold.layers._conv_tucker import TuckerConv1d, TuckerConv2d, TuckerConv3d
+from rankfold.layers._embedding import LowRankEmbedding, TiedHead
+from rankfold.layers._linear import LowRankLinear
+from rankfold.layers._refusal import factorisable, refusal, stock_twin
+from rankfold.layers._table import TABLE, dense_cost, is_factorised, layer_class, methods_for
+from rankfold.layers._tt_conv import TTConv1d, TTConv2d, TTConv3d
+from rankfold.layers._tt_embedding import TTEmbedding
+from rankfold.layers._tt_linear import TTLinear
+
+__all__ = [
+    "CPConv1d",
+    "CPConv2d",
+    "CPConv3d",
+    "Call",
+    "Cost",
+    "FactorisedLayer",
+    "LowRankConv1d",
+    "LowRankConv2d",
+    "LowRankConv3d",
+    "LowRankEmbedding",
+    "LowRankLinear",
+    "Spectrum",
+    "TABLE",
+    "TTConv1d",
+    "TTConv2d",
+    "TTConv3d",
+    "TTEmbedding",
+    "TTLinear",
+    "TiedHead",
+    "TuckerConv1d",
+    "TuckerConv2d",
+    "TuckerConv3d",
+    "dense_cost",
+    "factorisable",
+    "is_factorised",
+    "layer_class",
+    "methods_for",
+    "refusal",
+    "stock_twin",
+]

@@ -1,0 +1,112 @@
+"""What all layers share when they are built: stages without values, fresh values, what is kept of the dense layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.errors import LayerError
+from rankfold.layers._contract import Rank
+
+Device = torch.device | str | int | None
+L = TypeVar("L", bound=nn.Module)
+
+
+def check_type(owner: type[nn.Module], dense: nn.Module, expected: type[nn.Module]) -> None:
+    """Raise a `LayerError` unless `dense` is exactly of the stock type that `owner` stands in for."""
+    if type(dense) is not expected:
+        raise LayerError(f"{owner.__name__} stands in for nn.{expected.__name__}, not for {type(dense).__name__}")
+
+
+def place(module: L, device: Device) -> L:
+    """Move a module made on the meta device to `device` (default: torch's), with storage but no values."""
+    where = torch.get_default_device() if device is None else device
+    # what Module.to_empty does, less half a second of imports that empty_like asks for on the meta device
+    placed: L = module._apply(  # type: ignore[no-untyped-call]
+        lambda values: torch.empty(values.shape, dtype=values.dtype, device=where)
+    )
+    return placed
+
+
+def take_over(layer: L, dense: nn.Module) -> L:
+    """Give `layer` the mode and the requires_grad of weight and bias of `dense`."""
+    bias = getattr(dense, "bias", None)
+    for name, parameter in layer.named_parameters():
+        source = bias if name.rpartition(".")[2] == "bias" else dense.weight
+        parameter.requires_grad_(bool(getattr(source, "requires_grad", True)))
+    return layer.train(dense.training)
+
+
+def copy_(target: Tensor | None, value: Tensor | None) -> None:
+    """Copy a value into a parameter, outside autograd; both are None where there is no bias."""
+    if target is not None and value is not None:
+        with torch.no_grad():
+            target.copy_(value)
+
+
+def fill(dense: Any, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a stock layer its values."""
+    copy_(dense.weight, weight)
+    copy_(getattr(dense, "bias", None), bias)
+
+
+def finite_weight(owner: type[nn.Module], dense: nn.Module) -> Tensor:
+    """Return the weight of `dense` in float64, or raise a `LayerError` where it cannot be decomposed."""
+    weight: Tensor = dense.weight.detach()  # type: ignore[operator]
+    where = f"{owner.__name__}: the weight of {type(dense).__name__}{tuple(weight.shape)}"
+    if weight.is_meta:
+        raise LayerError(f"{where} is on the meta device and has no values; use `like` for a fresh layer")
+    if not weight.is_floating_point():
+        raise LayerError(f"{where} is {weight.dtype}; only real floating-point weights are decomposed")
+    weight = weight.double()
+    if not bool(torch.isfinite(weight).all()):
+        raise LayerError(f"{where} holds NaN or Inf; repair or retrain it before decomposing")
+    return weight
+
+
+def fresh_uniform_(weights: Sequence[Tensor], gain: float, generator: torch.Generator | None) -> None:
+    """Fill the weights of a chain so that white input of variance 1 leaves it with variance `gain`.
+
+    Each stage of fan-in n gets the variance gain^(1/stages) / n, so that the activations go from 1 to
+    `gain` in equal steps; drawn on the CPU, so that a seed means the same on every device.
+    """
+    for weight in weights:
+        if weight.is_meta:
+            continue
+        fan_in = weight[0].numel()
+        bound = math.sqrt(3 * gain ** (1 / len(weights)) / fan_in)
+        copy_(weight, torch.empty(weight.shape, device="cpu").uniform_(-bound, bound, generator=generator))
+
+
+def rescale_(weights: Sequence[Tensor], squared_norm: Tensor, target: float) -> None:
+    """Scale all weights of a chain alike so that the squared norm of their product is exactly `target`.
+
+    Products of few random numbers scatter widely (rank 1, a depthwise kernel of three taps); this keeps
+    every draw, and not only their mean, at the variance of a dense layer.
+    """
+    if squared_norm.is_meta or not bool(squared_norm > 0):
+        return
+    factor = (target / float(squared_norm)) ** (0.5 / len(weights))
+    for weight in weights:
+        copy_(weight, weight.detach() * factor)
+
+
+def fresh_bias_(bias: Tensor | None, fan_in: int, generator: torch.Generator | None) -> None:
+    """Fill a bias as torch does: uniform within ±1/sqrt(fan_in)."""
+    if bias is not None and not bias.is_meta:
+        bound = 1 / math.sqrt(fan_in)
+        copy_(bias, torch.empty(bias.shape, device="cpu").uniform_(-bound, bound, generator=generator))
+
+
+def seeded(seed: int) -> torch.Generator:
+    """Return a generator of its own, so that the global one is not touched."""
+    return torch.Generator().manual_seed(seed)
+
+
+def named(rank: Rank, options: dict[str, Any]) -> str:
+    """Return `rank=…, option=…` for a repr."""
+    return ", ".join(f"{name}={value!r}" for name, value in {"rank": rank, **options}.items())

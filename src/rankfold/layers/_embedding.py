@@ -1,0 +1,274 @@
+"""An embedding as a narrow embedding and a linear map: the truncated singular value decomposition of its table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rankfold.errors import LayerError
+from rankfold.layers._build import (
+    Device,
+    check_type,
+    copy_,
+    fill,
+    fresh_uniform_,
+    place,
+    rescale_,
+    seeded,
+    take_over,
+)
+from rankfold.layers._contract import Call, Cost, Options, Rank, Spectrum
+from rankfold.layers._matrix import (
+    decompose_into,
+    matrix_errors,
+    matrix_full_rank,
+    matrix_ranks,
+    matrix_spectrum,
+    product_norm,
+)
+from rankfold.layers._ranks import check_rank
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@final
+class LowRankEmbedding(nn.Module):
+    """An embedding as `Embedding(num_embeddings, rank)` and `Linear(rank, embedding_dim)`: the SVD of its table.
+
+    `weight = down.weight @ up.weight.T`, the best approximation of this rank in the Frobenius norm. The
+    arguments are those of `nn.Embedding`, then `rank`, at most min(num_embeddings, embedding_dim).
+    `sparse` and `scale_grad_by_freq` act on the gradient of `down`. A row of zeros at `padding_idx` stays zero.
+    `max_norm` would rescale rows of a table that doesn't exist here: it raises a `LayerError`, as a bad rank does.
+
+    Reference: Lan et al. 2020 (ALBERT), section 3.1.
+
+    Example:
+        >>> layer = LowRankEmbedding(1000, 64, padding_idx=0, rank=8)
+        >>> layer(torch.tensor([[0, 3]])).shape
+        torch.Size([1, 2, 64])
+        >>> layer.tied_head()(torch.ones(5, 64)).shape
+        torch.Size([5, 1000])
+    """
+
+    method: ClassVar[str] = "svd"
+    dense_type: ClassVar[type[nn.Module]] = nn.Embedding
+
+    def __init__(  # noqa: PLR0913 - the signature of the dense twin
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank: int,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if max_norm is not None:
+            raise LayerError(f"{name}: max_norm={max_norm} rescales rows of the dense table at each look-up; use None")
+        check_rank(name, rank, min(num_embeddings, embedding_dim))
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.max_norm, self.norm_type = None, norm_type
+        self.scale_grad_by_freq, self.sparse = scale_grad_by_freq, sparse
+        narrow = nn.Embedding(
+            num_embeddings,
+            rank,
+            padding_idx,
+            scale_grad_by_freq=scale_grad_by_freq,
+            sparse=sparse,
+            device="meta",
+            dtype=dtype,
+        )
+        self.padding_idx = narrow.padding_idx
+        self.down = place(narrow, device)
+        self.up = place(nn.Linear(rank, embedding_dim, bias=False, device="meta", dtype=dtype), device)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh values with the variance of a fresh `nn.Embedding`, 1; the row at `padding_idx` is zero."""
+        # A look-up adds nothing up: each entry of the codes is a stage of fan-in 1.
+        fresh_uniform_([self.down.weight.view(-1, 1), self.up.weight], 1.0, generator)
+        copy_(self._padding_row(), torch.zeros(()))
+        filled = self.num_embeddings - (self.padding_idx is not None)
+        rescale_([self.down.weight, self.up.weight], self.squared_norm().detach(), filled * self.embedding_dim)
+
+    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Embedding gives it
+        """Look up the codes and map them."""
+        codes = self.down(input)  # …, rank
+        rows: Tensor = self.up(codes)  # …, dim
+        return rows
+
+    @property
+    def rank(self) -> Rank:
+        """The rank this layer was built with."""
+        return self.down.embedding_dim
+
+    @property
+    def options(self) -> Options:
+        """No options beside the rank."""
+        return {}
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense table (num_embeddings, embedding_dim), rebuilt on every read (differentiable)."""
+        return self.down.weight @ self.up.weight.T
+
+    def squared_norm(self) -> Tensor:
+        """Return the squared Frobenius norm of the table, from two rank x rank Gram matrices (differentiable)."""
+        return product_norm(self.down.weight, self.up.weight.T)
+
+    def to_dense(self) -> nn.Embedding:
+        """Return the `nn.Embedding` that computes the same function."""
+        dense = nn.Embedding(
+            self.num_embeddings,
+            self.embedding_dim,
+            self.padding_idx,
+            norm_type=self.norm_type,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            sparse=self.sparse,
+            device="meta",
+            dtype=self.up.weight.dtype,
+        )
+        dense = take_over(place(dense, self.up.weight.device), self.up)
+        fill(dense, self.weight, None)
+        return dense
+
+    def tied_head(self, bias: bool | Tensor = False) -> TiedHead:
+        """Return the output layer of a language model that shares these factors.
+
+        `bias` is whether it has one, of zeros, or the values (num_embeddings,) to begin with.
+        """
+        return TiedHead(self, bias)
+
+    def extra_repr(self) -> str:
+        """Return the sizes, the rank, and the options that differ from their defaults."""
+        text = f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
+        for name, default in {"padding_idx": None, "scale_grad_by_freq": False, "sparse": False}.items():
+            text += f", {name}={getattr(self, name)}" if getattr(self, name) != default else ""
+        return text
+
+    @classmethod
+    def variants(cls, dense: nn.Module) -> tuple[Options, ...]:
+        """Return the one set of no options, where some rank has fewer parameters than the dense layer."""
+        rescaled = getattr(dense, "max_norm", None) is not None
+        return ({},) if not rescaled and cls.rank_grid(dense) else ()
+
+    @classmethod
+    def full_rank(cls, dense: nn.Module) -> Rank:
+        """Return min(num_embeddings, embedding_dim)."""
+        return matrix_full_rank(dense)
+
+    @classmethod
+    def rank_grid(cls, dense: nn.Module, *, multiple: int = 1) -> tuple[Rank, ...]:
+        """Return candidate ranks, ascending, all with fewer parameters than the dense layer."""
+        return matrix_ranks(dense, multiple)
+
+    @classmethod
+    def cost(cls, dense: nn.Module, calls: Sequence[Call], *, rank: Rank) -> Cost:
+        """Return rank * (rows + dim) parameters, and rank * dim multiply-adds per row looked up."""
+        checked: Any = check_rank(cls.__name__, rank, cls.full_rank(dense))
+        twin: Any = dense
+        rows = sum(math.prod(call.input) for call in calls)
+        return Cost(checked * (twin.num_embeddings + twin.embedding_dim), rows * checked * twin.embedding_dim)
+
+    @classmethod
+    def errors(cls, dense: nn.Module, ranks: Sequence[Rank], *, seed: int = 0) -> tuple[float, ...]:  # noqa: ARG003 - exact
+        """Return the relative error of the table at each rank, from its singular values."""
+        return matrix_errors(cls, dense, ranks)
+
+    @classmethod
+    def spectra(cls, dense: nn.Module) -> tuple[Spectrum, ...]:
+        """Return the singular values of the table."""
+        return matrix_spectrum(cls, dense)
+
+    @classmethod
+    def from_dense(cls, dense: nn.Module, *, rank: Rank, seed: int = 0) -> Self:
+        """Decompose the table in float64; keeps options, dtype, device, mode and requires_grad."""
+        layer = cls._hollow(dense, rank, None)
+        decompose_into(layer, dense, rows=layer.down.weight, columns=layer.up.weight.T, seed=seed)
+        if layer.padding_idx is not None and not bool(dense.weight[layer.padding_idx].any()):  # type: ignore[index]
+            copy_(layer._padding_row(), torch.zeros(()))  # exactly, and not to rounding
+        return layer
+
+    @classmethod
+    def like(cls, dense: nn.Module, *, rank: Rank, seed: int = 0, device: torch.device | str | None = None) -> Self:
+        """Return a layer with the shape and options of `dense` and fresh values."""
+        layer = cls._hollow(dense, rank, device)
+        layer.reset_parameters(seeded(seed))
+        return layer
+
+    @classmethod
+    def _hollow(cls, dense: Any, rank: Any, device: Device) -> Self:
+        """Return the layer without values, on the device of `dense` unless told another."""
+        check_type(cls, dense, cls.dense_type)
+        names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+        options: dict[str, Any] = {name: getattr(dense, name) for name in names}
+        sizes = (dense.num_embeddings, dense.embedding_dim)
+        layer = cls(*sizes, **options, device="meta", dtype=dense.weight.dtype, rank=rank)
+        return take_over(place(layer, dense.weight.device if device is None else device), dense)
+
+    def _padding_row(self) -> Tensor | None:
+        """Return the codes of the padding row, where there is one with values."""
+        if self.padding_idx is None or self.down.weight.is_meta:
+            return None
+        return self.down.weight[self.padding_idx]
+
+
+@final
+class TiedHead(nn.Module):
+    """The output layer tied to a `LowRankEmbedding`: `x @ embedding.weight.T + bias`, never building the table.
+
+    It holds the very modules of the embedding, so that training either trains both.
+    `bias`: as in `LowRankEmbedding.tied_head`.
+
+    Example:
+        >>> embedding = LowRankEmbedding(100, 16, rank=4)
+        >>> head = embedding.tied_head(bias=True)
+        >>> torch.testing.assert_close(head(torch.ones(2, 16)), torch.ones(2, 16) @ embedding.weight.T)
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, embedding: LowRankEmbedding, bias: bool | Tensor = False) -> None:
+        super().__init__()
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self.down, self.up = embedding.down, embedding.up
+        values = None if bias is False else nn.Parameter(self.up.weight.new_zeros(self.out_features))
+        if isinstance(bias, Tensor) and bias.shape != (self.out_features,):
+            raise LayerError(f"TiedHead: a bias of shape {tuple(bias.shape)} does not fit {self.out_features} outputs")
+        copy_(values, bias if isinstance(bias, Tensor) else None)
+        self.register_parameter("bias", values)
+
+    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
+        """Apply the factors of the embedding, transposed."""
+        codes = functional.linear(input, self.up.weight.T)  # …, rank
+        return functional.linear(codes, self.down.weight, self.bias)  # …, rows of the table
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense table (num_embeddings, embedding_dim), rebuilt on every read (differentiable)."""
+        return self.down.weight @ self.up.weight.T
+
+    def to_dense(self) -> nn.Linear:
+        """Return the `nn.Linear` that computes the same function, no longer tied."""
+        dense = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.up.weight.dtype
+        )
+        dense = place(dense, self.up.weight.device).train(self.training)
+        fill(dense, self.weight, self.bias)
+        return dense
+
+    def extra_repr(self) -> str:
+        """Return the sizes."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -1,0 +1,184 @@
+"""A linear layer as two: the truncated singular value decomposition of its weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.layers._build import (
+    Device,
+    check_type,
+    copy_,
+    fill,
+    fresh_bias_,
+    fresh_uniform_,
+    place,
+    rescale_,
+    seeded,
+    take_over,
+)
+from rankfold.layers._contract import Call, Cost, Options, Rank, Spectrum
+from rankfold.layers._matrix import (
+    decompose_into,
+    matrix_errors,
+    matrix_full_rank,
+    matrix_ranks,
+    matrix_spectrum,
+    product_norm,
+)
+from rankfold.layers._ranks import check_rank
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@final
+class LowRankLinear(nn.Module):
+    """A linear layer as `Linear(in, rank)` and `Linear(rank, out)`: the truncated SVD of its weight.
+
+    `weight = up.weight @ down.weight`, the best approximation of this rank in the Frobenius norm
+    (Eckart and Young 1936), with rank * (in + out) weights. The arguments are those of `nn.Linear`, then `rank`,
+    at most min(in, out). A bad rank raises a `LayerError`. It saves nothing from rank in * out / (in + out) on.
+
+    Example:
+        >>> layer = LowRankLinear(512, 512, rank=64)
+        >>> layer(torch.ones(2, 512)).shape
+        torch.Size([2, 512])
+        >>> dense = nn.Linear(6, 4)
+        >>> copy = LowRankLinear.from_dense(dense, rank=4)
+        >>> torch.testing.assert_close(copy.weight, dense.weight)
+    """
+
+    method: ClassVar[str] = "svd"
+    dense_type: ClassVar[type[nn.Module]] = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank: int,
+    ) -> None:
+        super().__init__()
+        check_rank(type(self).__name__, rank, min(in_features, out_features))
+        self.in_features, self.out_features = in_features, out_features
+        self.down = place(nn.Linear(in_features, rank, bias=False, device="meta", dtype=dtype), device)
+        self.up = place(nn.Linear(rank, out_features, bias=bias, device="meta", dtype=dtype), device)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh values with the output variance of a fresh `nn.Linear`, 1/3 for white input, and its bias."""
+        weights = [self.down.weight, self.up.weight]
+        fresh_uniform_(weights, 1 / 3, generator)
+        rescale_(weights, self.squared_norm().detach(), self.out_features / 3)
+        fresh_bias_(self.bias, self.in_features, generator)
+
+    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
+        """Apply both factors."""
+        hidden = self.down(input)  # …, rank
+        output: Tensor = self.up(hidden)  # …, out
+        return output
+
+    @property
+    def rank(self) -> Rank:
+        """The rank this layer was built with."""
+        return self.down.out_features
+
+    @property
+    def options(self) -> Options:
+        """No options beside the rank."""
+        return {}
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (out, in), rebuilt from the factors on every read (differentiable)."""
+        return self.up.weight @ self.down.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, which the second factor adds."""
+        return self.up.bias
+
+    def squared_norm(self) -> Tensor:
+        """Return the squared Frobenius norm of the weight, from two rank x rank Gram matrices (differentiable)."""
+        return product_norm(self.up.weight, self.down.weight)
+
+    def to_dense(self) -> nn.Linear:
+        """Return the `nn.Linear` that computes the same function."""
+        dense = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.up.weight.dtype
+        )
+        dense = take_over(place(dense, self.up.weight.device), self.up)
+        fill(dense, self.weight, self.bias)
+        return dense
+
+    def extra_repr(self) -> str:
+        """Return the sizes and the rank."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, rank={self.rank}"
+        )
+
+    @classmethod
+    def variants(cls, dense: nn.Module) -> tuple[Options, ...]:
+        """Return the one set of no options, where some rank has fewer parameters than the dense layer."""
+        return ({},) if cls.rank_grid(dense) else ()
+
+    @classmethod
+    def full_rank(cls, dense: nn.Module) -> Rank:
+        """Return min(in, out)."""
+        return matrix_full_rank(dense)
+
+    @classmethod
+    def rank_grid(cls, dense: nn.Module, *, multiple: int = 1) -> tuple[Rank, ...]:
+        """Return candidate ranks, ascending, all with fewer parameters than the dense layer."""
+        return matrix_ranks(dense, multiple)
+
+    @classmethod
+    def cost(cls, dense: nn.Module, calls: Sequence[Call], *, rank: Rank) -> Cost:
+        """Return rank * (in + out) parameters and the bias, and as many multiply-adds per row of the input."""
+        checked = check_rank(cls.__name__, rank, cls.full_rank(dense))
+        twin: Any = dense
+        weights = checked * (twin.in_features + twin.out_features)
+        rows = sum(math.prod(call.input[:-1]) for call in calls)
+        return Cost(weights + (0 if twin.bias is None else twin.out_features), rows * weights)
+
+    @classmethod
+    def errors(cls, dense: nn.Module, ranks: Sequence[Rank], *, seed: int = 0) -> tuple[float, ...]:  # noqa: ARG003 - exact
+        """Return the relative error of the weight at each rank, from its singular values."""
+        return matrix_errors(cls, dense, ranks)
+
+    @classmethod
+    def spectra(cls, dense: nn.Module) -> tuple[Spectrum, ...]:
+        """Return the singular values of the weight."""
+        return matrix_spectrum(cls, dense)
+
+    @classmethod
+    def from_dense(cls, dense: nn.Module, *, rank: Rank, seed: int = 0) -> Self:
+        """Decompose the weight in float64; keeps dtype, device, mode and requires_grad."""
+        layer = cls._hollow(dense, rank, None)
+        decompose_into(layer, dense, columns=layer.down.weight, rows=layer.up.weight, seed=seed)
+        copy_(layer.bias, getattr(dense, "bias", None))
+        return layer
+
+    @classmethod
+    def like(cls, dense: nn.Module, *, rank: Rank, seed: int = 0, device: torch.device | str | None = None) -> Self:
+        """Return a layer with the shape and options of `dense` and fresh values."""
+        layer = cls._hollow(dense, rank, device)
+        layer.reset_parameters(seeded(seed))
+        return layer
+
+    @classmethod
+    def _hollow(cls, dense: Any, rank: Any, device: Device) -> Self:
+        """Return the layer without values, on the device of `dense` unless told another."""
+        check_type(cls, dense, cls.dense_type)
+        bias = dense.bias is not None
+        layer = cls(dense.in_features, dense.out_features, bias, "meta", dense.weight.dtype, rank=rank)
+        return take_over(place(layer, dense.weight.device if device is None else device), dense)

@@ -1,0 +1,106 @@
+"""The closed table (type of dense layer, method) -> factorised layer, and what is asked of any layer through it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+from rankfold.errors import LayerError
+from rankfold.layers._contract import Call, Cost, FactorisedLayer
+from rankfold.layers._conv_cp import CPConv1d, CPConv2d, CPConv3d
+from rankfold.layers._conv_svd import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from rankfold.layers._conv_tucker import TuckerConv1d, TuckerConv2d, TuckerConv3d
+from rankfold.layers._embedding import LowRankEmbedding
+from rankfold.layers._linear import LowRankLinear
+from rankfold.layers._refusal import CONV1D, qualified_name
+from rankfold.layers._tt_conv import TTConv1d, TTConv2d, TTConv3d
+from rankfold.layers._tt_embedding import TTEmbedding
+from rankfold.layers._tt_linear import TTLinear
+
+_CLASSES: tuple[Any, ...] = (  # each takes options of its own, where the contract leaves them open
+    LowRankLinear,
+    LowRankEmbedding,
+    *(LowRankConv1d, LowRankConv2d, LowRankConv3d),
+    *(CPConv1d, CPConv2d, CPConv3d),
+    *(TuckerConv1d, TuckerConv2d, TuckerConv3d),
+    *(TTLinear, TTEmbedding, TTConv1d, TTConv2d, TTConv3d),
+)
+TABLE: Mapping[tuple[type[nn.Module], str], type[FactorisedLayer]] = MappingProxyType(
+    {(layer.dense_type, layer.method): layer for layer in _CLASSES}
+)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LOOK_UPS = (nn.Embedding, nn.EmbeddingBag)
+
+
+def _stock_type(layer: nn.Module) -> type[nn.Module]:
+    return nn.Linear if qualified_name(layer) == CONV1D else type(layer)
+
+
+def methods_for(layer: nn.Module) -> tuple[str, ...]:
+    """Return the methods that know this type of layer; a class's `variants` says whether one pays for this layer.
+
+    Example:
+        >>> methods_for(nn.ReLU())
+        ()
+        >>> methods_for(nn.Conv2d(8, 8, 3))[:3]
+        ('svd', 'cp', 'tucker')
+    """
+    kind = _stock_type(layer)
+    return tuple(method for dense_type, method in TABLE if dense_type is kind)
+
+
+def layer_class(layer: nn.Module, method: str) -> type[FactorisedLayer]:
+    """Return the class that factorises this type of layer by this method, or raise a `LayerError`.
+
+    Example:
+        >>> layer_class(nn.Linear(2, 2), "svd").__name__
+        'LowRankLinear'
+    """
+    found = TABLE.get((_stock_type(layer), method))
+    if found is None:
+        known = methods_for(layer)
+        advice = f"its methods are {', '.join(known)}" if known else "no method factorises this type of layer"
+        raise LayerError(f"method {method!r} does not fit {type(layer).__name__}: {advice}")
+    return found
+
+
+def is_factorised(module: nn.Module) -> bool:
+    """Tell whether a module is one of the factorised layers.
+
+    Example:
+        >>> is_factorised(LowRankLinear(4, 4, rank=1)), is_factorised(nn.Linear(4, 4))
+        (True, False)
+    """
+    return type(module) in _CLASSES
+
+
+def dense_cost(layer: nn.Module, calls: Sequence[Call]) -> Cost:
+    """Return the parameters of a dense layer (bias included) and its multiply-adds over the calls.
+
+    A look-up costs no multiply-add. Raises a `LayerError` for a module whose cost is not known by its shape.
+
+    Example:
+        >>> dense_cost(nn.Conv2d(3, 8, 3), [Call((2, 3, 10, 10), (2, 8, 8, 8))])
+        Cost(params=224, macs=27648)
+    """
+    params = sum(parameter.numel() for parameter in layer.parameters())
+    return Cost(params, sum(_dense_macs(layer, call) for call in calls))
+
+
+def _dense_macs(layer: Any, call: Call) -> int:
+    weight: Tensor = layer.weight
+    if isinstance(layer, _LOOK_UPS):
+        return 0
+    if isinstance(layer, _CONVOLUTIONS + _TRANSPOSED):
+        axes = len(layer.kernel_size)
+        # a convolution uses its whole kernel at each point of the output, a transposed one at each of the input
+        size, channels = (call.input, -axes - 1) if isinstance(layer, _TRANSPOSED) else (call.output, -axes - 1)
+        return math.prod(size[:channels]) * math.prod(size[channels + 1 :]) * weight.numel()
+    if isinstance(layer, nn.Linear) or qualified_name(layer) == CONV1D:
+        return math.prod(call.input[:-1]) * weight.numel()
+    raise LayerError(f"the cost of {type(layer).__name__} does not follow from its shape alone")

@@ -1,0 +1,266 @@
+"""The tensor-train convolution of Garipov et al. (2016)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rankfold.layers._build import Device, check_type, finite_weight, fresh_bias_
+from rankfold.layers._contract import Call, Cost, Rank
+from rankfold.layers._conv import ARGUMENTS, ConvShape, Size
+from rankfold.layers._tt_chain import Train, make_train
+from rankfold.layers._tt_contract import (
+    BATCHES,
+    LARGEST_MERGE,
+    LAUNCH,
+    MOVE,
+    Chain,
+    Sweep,
+    bucket,
+    contract,
+    plan_sweep,
+)
+from rankfold.layers._tt_layer import TTLayer
+
+CONVOLVE: Mapping[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+
+
+@dataclass(frozen=True)
+class ConvPlan:
+    """How a convolution is computed: by the sweep over the channels after shared filters, or by the kernel rebuilt.
+
+    Attributes:
+        sweep: the order of contraction over the channels, or None where the kernel is rebuilt.
+        fixed_macs: multiply-adds of merging or rebuilding, once per call.
+        row_macs: multiply-adds per output position.
+    """
+
+    sweep: Sweep | None
+    fixed_macs: int
+    row_macs: int
+
+    def macs(self, rows: int) -> int:
+        """Return the multiply-adds for a number of output positions, batch included."""
+        return self.fixed_macs + rows * self.row_macs
+
+
+@lru_cache(maxsize=4096)
+def plan_conv(chain: Chain, sizes: tuple[int, int], groups: int, rows: int) -> ConvPlan:
+    """Return the cheaper way for a number of output positions and `sizes = (out, in)`, the channels of the kernel.
+
+    The sweep mixes all input channels, so that a kernel of several groups is always rebuilt.
+    """
+    positions, filters = chain.out_shape[0], chain.ranks[1]
+    channels = Chain(chain.out_shape[1:], chain.in_shape[1:], chain.ranks[1:])
+    sweep = plan_sweep(channels, rows, both_ends=False)
+    spatial = positions * filters * sizes[1]
+    # the filtered maps are written, brought into order and read
+    chained = sweep.score + rows * (spatial + MOVE * 3 * filters * sizes[1]) + LAUNCH
+    order = len(chain.out_shape)
+    merging, kernel = chain.merging(0, order), positions * sizes[0] * sizes[1]
+    rebuilt = merging + MOVE * 3 * kernel + rows * (kernel + MOVE * sum(sizes)) + LAUNCH * order
+    if groups > 1 or (kernel <= LARGEST_MERGE and rebuilt < chained):
+        return ConvPlan(None, merging, kernel)
+    return ConvPlan(sweep, sweep.fixed_macs, spatial + sweep.row_macs)
+
+
+class TTConv(TTLayer):
+    """A convolution whose kernel is a tensor train: shared filters, then cores over paired channel modes.
+
+    `K[(c_1 ... c_d), (s_1 ... s_d), x, y] = G_0[x, y] G_1[:, c_1, s_1] ... G_d[:, c_d, s_d]`. The forward pass applies
+    the `r_0` filters of `G_0` to every input channel and sweeps over the channels, or rebuilds the kernel for
+    one convolution, whichever is planned cheaper for the number of output positions. With groups the train is
+    that of the kernel `(out, in / groups, kernel…)`, which is always rebuilt: it saves parameters, not time.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+
+    def __init__(  # noqa: PLR0913 (the signature of nn.Conv)
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: str | Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank: Rank,
+        in_shape: Sequence[int] | None = None,
+        out_shape: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        values = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        # torch checks and normalises the arguments, on a twin without storage
+        twin: Any = self.dense_type(**dict(zip(ARGUMENTS, values, strict=True)), device="meta")
+        for name in {*ARGUMENTS, "transposed", "output_padding"} - {"bias"}:
+            setattr(self, name, getattr(twin, name))
+        self._reversed_padding = tuple(twin._reversed_padding_repeated_twice)
+        train = _conv_train(type(self).__name__, ConvShape.of(twin), in_shape, out_shape)
+        self._assemble(train, rank, device, dtype)
+        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        sizes = (train.out_size, train.in_size)
+        self._plans = tuple(plan_conv(self._chain, sizes, groups, rows) for rows in BATCHES)
+        self._padded = math.prod(train.in_shape) - in_channels
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh values with the output variance of a fresh dense layer, 1/3 for white input, and its bias."""
+        self._fresh(self.out_channels / 3, generator)
+        fresh_bias_(self.bias, ConvShape.of(self).fan_in, generator)
+
+    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Conv gives it
+        """Convolve by the plan for this number of output positions."""
+        axes = len(self.kernel_size)
+        maps = input if input.dim() == axes + 2 else input.unsqueeze(0)
+        size = ConvShape.of(self).output_size(tuple(maps.shape[2:]))
+        sweep = self._plans[bucket(maps.shape[0] * math.prod(size))].sweep
+        output = (
+            self._convolve(maps, self.weight, self.bias, self.groups) if sweep is None else self._chained(maps, sweep)
+        )
+        return output if input.dim() == axes + 2 else output.squeeze(0)
+
+    def _chained(self, maps: Tensor, sweep: Sweep) -> Tensor:
+        """Apply the shared filters to every channel, then the train over the channels."""
+        first, *channels = self.cores
+        filters = first.shape[3]
+        kernel = first.permute(3, 0, 1, 2).reshape(filters, 1, *self.kernel_size)
+        kernel = kernel.repeat(self.in_channels, *(1,) * (kernel.dim() - 1))  # in r, 1, kernel
+        maps = self._convolve(maps, kernel, None, self.in_channels)  # batch, in r, space
+        space = maps.shape[2:]
+        state = maps.reshape(maps.shape[0], self.in_channels, filters, -1).transpose(1, 2)  # batch, r, in, positions
+        if self._padded:
+            state = functional.pad(state, (0, 0, 0, self._padded))
+        output = contract(state.flatten(1, 2), channels, sweep)[:, : self.out_channels]  # batch, out, positions
+        if self.bias is not None:
+            output = output + self.bias.unsqueeze(1).to(output.dtype)
+        return output.reshape(output.shape[0], self.out_channels, *space)
+
+    def _convolve(self, maps: Tensor, kernel: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """Convolve with this layer's stride, padding and dilation."""
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            maps = functional.pad(maps, self._reversed_padding, mode=self.padding_mode)
+            padding = (0,) * len(self.kernel_size)
+        convolve = CONVOLVE[len(self.kernel_size)]
+        return convolve(maps, kernel, bias, self.stride, padding, self.dilation, groups)
+
+    def plan(self, rows: int) -> ConvPlan:
+        """Return the way it is computed for a number of output positions, batch included."""
+        return self._plans[bucket(rows)]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense kernel (out, in / groups, kernel…), rebuilt from the cores on every read (differentiable)."""
+        return self._matrix().permute(1, 2, 0).reshape(ConvShape.of(self).weight_shape)
+
+    @classmethod
+    def cost(cls, dense: nn.Module, calls: Sequence[Call], *, rank: Rank, **options: Any) -> Cost:
+        """Return parameters, and multiply-adds of the way planned for the output positions of each call."""
+        train = cls._train_of(dense, **options)
+        shape, chain = ConvShape.of(dense), train.chain(rank)
+        axes, macs = len(shape.kernel_size), 0
+        for call in calls:
+            rows = math.prod(call.output[: -axes - 1]) * math.prod(call.output[-axes:])
+            plan = plan_conv(chain, (train.out_size, train.in_size), shape.groups, BATCHES[bucket(rows)])
+            macs += plan.macs(rows)
+        return Cost(train.params(rank) + shape.out_channels * shape.bias, macs)
+
+    @staticmethod
+    def _arguments(dense: Any) -> dict[str, Any]:
+        return ConvShape.of(dense).arguments()
+
+    @classmethod
+    def _train_of(
+        cls, dense: Any, *, in_shape: Sequence[int] | None = None, out_shape: Sequence[int] | None = None
+    ) -> Train:
+        check_type(cls, dense, cls.dense_type)
+        return _conv_train(cls.__name__, ConvShape.of(dense), in_shape, out_shape)
+
+    @classmethod
+    def _matrix_of(cls, dense: Any) -> Tensor:
+        check_type(cls, dense, cls.dense_type)
+        return finite_weight(cls, dense).flatten(2).permute(2, 0, 1)
+
+
+def _conv_train(owner: str, shape: ConvShape, in_shape: Sequence[int] | None, out_shape: Sequence[int] | None) -> Train:
+    sizes = (shape.out_channels, shape.in_channels // shape.groups)
+    return make_train(owner, sizes, in_shape, out_shape, lead=math.prod(shape.kernel_size))
+
+
+@final
+class TTConv1d(TTConv):
+    """A 1-D convolution as shared filters and a tensor train over the channels.
+
+    The arguments are those of `nn.Conv1d`; then `rank`, a cap for every bond, clipped to what each can have, or one
+    per bond, the number of filters first; `in_shape` and `out_shape`, as many dims each, whose products are at
+    least `in_channels / groups` and `out_channels` (padded where larger, by default balanced). The train spans
+    all groups. A rank out of range or unfit shapes raise a `LayerError`.
+
+    Reference: Garipov, Podoprikhin, Novikov, Vetrov 2016, Ultimate tensorization.
+
+    Example:
+        >>> layer = TTConv1d(64, 64, 3, rank=(3, 8, 8), in_shape=(4, 4, 4), out_shape=(4, 4, 4), bias=False)
+        >>> sum(p.numel() for p in layer.parameters())
+        1545
+    """
+
+    dense_type: ClassVar[type[nn.Module]] = nn.Conv1d
+
+
+@final
+class TTConv2d(TTConv):
+    """A 2-D convolution as shared filters and a tensor train over the channels.
+
+    The arguments are those of `nn.Conv2d`; then `rank`, a cap for every bond, clipped to what each can have, or one
+    per bond, the number of filters first; `in_shape` and `out_shape`, as many dims each, whose products are at
+    least `in_channels / groups` and `out_channels` (padded where larger, by default balanced). The train spans
+    all groups. A rank out of range or unfit shapes raise a `LayerError`.
+
+    Reference: Garipov, Podoprikhin, Novikov, Vetrov 2016, Ultimate tensorization.
+
+    Example:
+        >>> layer = TTConv2d(64, 64, 3, rank=(3, 8, 8), in_shape=(4, 4, 4), out_shape=(4, 4, 4), bias=False)
+        >>> sum(p.numel() for p in layer.parameters())
+        1563
+    """
+
+    dense_type: ClassVar[type[nn.Module]] = nn.Conv2d
+
+
+@final
+class TTConv3d(TTConv):
+    """A 3-D convolution as shared filters and a tensor train over the channels.
+
+    The arguments are those of `nn.Conv3d`; then `rank`, a cap for every bond, clipped to what each can have, or one
+    per bond, the number of filters first; `in_shape` and `out_shape`, as many dims each, whose products are at
+    least `in_channels / groups` and `out_channels` (padded where larger, by default balanced). The train spans
+    all groups. A rank out of range or unfit shapes raise a `LayerError`.
+
+    Reference: Garipov, Podoprikhin, Novikov, Vetrov 2016, Ultimate tensorization.
+
+    Example:
+        >>> layer = TTConv3d(64, 64, 3, rank=(3, 8, 8), in_shape=(4, 4, 4), out_shape=(4, 4, 4), bias=False)
+        >>> sum(p.numel() for p in layer.parameters())
+        1617
+    """
+
+    dense_type: ClassVar[type[nn.Module]] = nn.Conv3d

@@ -1,0 +1,193 @@
+"""The tensor-train embedding of Khrulkov et al. (2019)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.errors import LayerError
+from rankfold.layers._build import Device, check_type, finite_weight
+from rankfold.layers._contract import Call, Cost, Rank
+from rankfold.layers._tt_chain import Train, make_train
+from rankfold.layers._tt_contract import Chain
+from rankfold.layers._tt_layer import TTLayer
+
+REFUSED = {
+    "max_norm": "it rescales rows of the table in place, and a train has none; normalise the output",
+    "scale_grad_by_freq": "it scales the gradient of a row, and rows share their cores",
+    "sparse": "rows share their cores, so that the gradients of these are dense; use sparse=False",
+}
+
+
+def _refuse(dense: Any) -> None:
+    for name, reason in REFUSED.items():
+        if getattr(dense, name):
+            raise LayerError(f"TTEmbedding cannot keep {name}={getattr(dense, name)!r}: {reason}")
+
+
+def _macs(chain: Chain, from_left: bool) -> int:
+    """Multiply-adds of one row: the products of gathered slices, from one end."""
+    dims, ranks = chain.out_shape, chain.ranks
+    if from_left:
+        return sum(math.prod(dims[: k + 1]) * ranks[k] * ranks[k + 1] for k in range(1, len(dims)))
+    return sum(math.prod(dims[k:]) * ranks[k] * ranks[k + 1] for k in range(len(dims) - 1))
+
+
+@final
+class TTEmbedding(TTLayer):
+    """An embedding whose table is a tensor train: a row is a product of one slice of each core.
+
+    With the digits `(i_1 ... i_d)` of index i in the radices `in_shape`, `row(i) = G_1[:, i_1] ... G_d[:, i_d]`, each
+    slice (r, dim_k, r'). The slices are gathered and multiplied in a batch; an index that occurs several times is
+    computed once, except inside a compiled or exported program, where sizes must not depend on values. The
+    table is never built. The output at `padding_idx` is zero and sends no gradient back.
+
+    Args:
+        num_embeddings: rows of the table.
+        embedding_dim: size of each row.
+        padding_idx: the index whose row is zero.
+        max_norm: refused, as are `scale_grad_by_freq` and `sparse`: rows share their cores.
+        norm_type: of `max_norm`; kept to mirror `nn.Embedding`.
+        scale_grad_by_freq: refused.
+        sparse: refused.
+        device: where to put the parameters.
+        dtype: of the parameters.
+        rank: a cap for every bond, clipped to what each can have, or one per bond.
+        in_shape: radices of the index, whose product is at least `num_embeddings`; by default balanced.
+        out_shape: as many dims, whose product is at least `embedding_dim`.
+
+    Raises:
+        LayerError: an option that cannot be kept, a rank out of range, shapes too small or of different lengths.
+
+    Reference:
+        Khrulkov, Hrinchuk, Mirvakhabova, Oseledets (2019), Tensorized embedding layers.
+
+    Example:
+        >>> import torch
+        >>> layer = TTEmbedding(1000, 64, rank=4)
+        >>> tuple(layer(torch.tensor([[1, 999]])).shape)
+        (1, 2, 64)
+    """
+
+    dense_type: ClassVar[type[nn.Module]] = nn.Embedding
+
+    def __init__(  # noqa: PLR0913 (the signature of nn.Embedding)
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank: Rank,
+        in_shape: Sequence[int] | None = None,
+        out_shape: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.max_norm, self.norm_type = max_norm, norm_type
+        self.scale_grad_by_freq, self.sparse = scale_grad_by_freq, sparse
+        _refuse(self)
+        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+            raise LayerError(f"TTEmbedding: padding_idx={padding_idx} is not an index of {num_embeddings} rows")
+        self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
+        train = make_train("TTEmbedding", (embedding_dim, num_embeddings), in_shape, out_shape)
+        self._assemble(train, rank, device, dtype)
+        self._from_left = _macs(self._chain, True) <= _macs(self._chain, False)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh values with the variance of a fresh `nn.Embedding`, 1."""
+        self._fresh(float(self.num_embeddings * self.embedding_dim), generator)
+
+    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Embedding gives it
+        """Return the rows of the indices."""
+        indices = input.reshape(-1)
+        if torch.compiler.is_compiling() or indices.is_meta or indices.numel() < 2:
+            rows = self._rows(indices)
+        else:
+            distinct, places = torch.unique(indices, return_inverse=True)  # sorted
+            if int(distinct[0]) < 0 or int(distinct[-1]) >= self.num_embeddings:
+                raise IndexError(f"TTEmbedding: index out of range of its {self.num_embeddings} rows")
+            rows = self._rows(distinct).index_select(0, places)
+        output = rows.reshape(*input.shape, self.embedding_dim)
+        if self.padding_idx is None:
+            return output
+        return output.masked_fill((input == self.padding_idx).unsqueeze(-1), 0)
+
+    def _rows(self, indices: Tensor) -> Tensor:
+        """Return the rows of the train: slices gathered by the digits of each index, multiplied in a batch."""
+        radices = self._train.in_shape
+        slices: list[Tensor] = []
+        for k, core in enumerate(self.cores):
+            digits = torch.div(indices, math.prod(radices[k + 1 :]), rounding_mode="floor")
+            digits = digits % radices[k] if k else digits
+            slices.append(core.permute(2, 0, 1, 3).index_select(0, digits))  # indices, r, dim, r'
+        row = slices.pop(0 if self._from_left else -1).flatten(1, 2)  # indices, dim, r' (or r dim, 1)
+        width = row.shape[1]
+        for part in slices if self._from_left else reversed(slices):
+            _, before, dim, after = part.shape
+            if self._from_left:
+                row, width = torch.bmm(row, part.flatten(2)), width * dim  # indices, D, dim r'
+                row = row.reshape(-1, width, after)
+            else:
+                row = torch.bmm(part.flatten(1, 2), row.reshape(-1, after, width // after))  # indices, r dim, D
+                width = width // after * before * dim
+                row = row.reshape(-1, width, 1)
+        return row.flatten(1)[:, : self.embedding_dim]
+
+    @property
+    def weight(self) -> Tensor:
+        """The table (num_embeddings, embedding_dim), rebuilt from the cores on every read (differentiable)."""
+        table: Tensor = self._matrix().T
+        if self.padding_idx is None:
+            return table
+        padding = torch.arange(self.num_embeddings, device=table.device) == self.padding_idx
+        filled: Tensor = table.masked_fill(padding.unsqueeze(1), 0)
+        return filled
+
+    def squared_norm(self) -> Tensor:
+        """Return the squared Frobenius norm of the table, from transfer matrices of the cores (differentiable)."""
+        norm = super().squared_norm()
+        if self.padding_idx is None:
+            return norm
+        row = self._rows(torch.tensor([self.padding_idx], device=self.cores[0].device))
+        return norm - row.to(norm.dtype).square().sum()
+
+    @classmethod
+    def cost(cls, dense: nn.Module, calls: Sequence[Call], *, rank: Rank, **options: Any) -> Cost:
+        """Return parameters, and multiply-adds of the products of slices, each index counted once per occurrence."""
+        train = cls._train_of(dense, **options)
+        chain = train.chain(rank)
+        macs = min(_macs(chain, True), _macs(chain, False))
+        return Cost(train.params(rank), macs * sum(math.prod(call.input) for call in calls))
+
+    @staticmethod
+    def _arguments(dense: Any) -> dict[str, Any]:
+        names = ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", *REFUSED)
+        return {name: getattr(dense, name) for name in names}
+
+    @classmethod
+    def _train_of(
+        cls, dense: Any, *, in_shape: Sequence[int] | None = None, out_shape: Sequence[int] | None = None
+    ) -> Train:
+        check_type(cls, dense, nn.Embedding)
+        _refuse(dense)
+        return make_train("TTEmbedding", (dense.embedding_dim, dense.num_embeddings), in_shape, out_shape)
+
+    @classmethod
+    def _matrix_of(cls, dense: Any) -> Tensor:
+        check_type(cls, dense, nn.Embedding)
+        table = finite_weight(cls, dense)
+        if dense.padding_idx is not None and bool(table[dense.padding_idx].any()):
+            row = f"the row of padding_idx={dense.padding_idx}"
+            raise LayerError(f"TTEmbedding: {row} is not zero, and this layer's is; zero it or drop padding_idx")
+        return table.T

@@ -1,0 +1,159 @@
+"""The tensor-train layers' common part: everything of the contract that only needs a train and a folded weight."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.layers._build import Device, check_type, copy_, named, place, seeded, take_over
+from rankfold.layers._contract import Options, Rank, Spectrum
+from rankfold.layers._tt_chain import (
+    Train,
+    balanced_options,
+    decompose_,
+    dense_matrix,
+    empty_cores,
+    errors,
+    fresh_cores_,
+    squared_norm,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class TTLayer(nn.Module):
+    """A layer whose weight is a tensor train; the final classes say which matrix, and how it is applied."""
+
+    method: ClassVar[str] = "tt"
+    dense_type: ClassVar[type[nn.Module]]
+    cores: nn.ParameterList
+
+    @staticmethod
+    @abstractmethod
+    def _arguments(dense: Any) -> dict[str, Any]:
+        """Return the constructor's arguments of a dense or factorised layer, without device and dtype."""
+
+    @classmethod
+    @abstractmethod
+    def _train_of(
+        cls, dense: Any, *, in_shape: Sequence[int] | None = None, out_shape: Sequence[int] | None = None
+    ) -> Train:
+        """Return the train of the weight of a dense layer."""
+
+    @classmethod
+    @abstractmethod
+    def _matrix_of(cls, dense: Any) -> Tensor:
+        """Return the weight in float64 as the train's matrix, `(lead, out, in)` where it has a lead."""
+
+    @abstractmethod
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh values with the output variance of a fresh dense layer."""
+
+    def _assemble(self, train: Train, rank: Rank, device: Device, dtype: torch.dtype | None) -> None:
+        """Give the layer its cores, without values."""
+        self._chain = train.chain(rank)
+        self._train, self._rank = train, tuple(rank) if isinstance(rank, (tuple, list)) else rank
+        self.cores = empty_cores(self._chain, device, dtype)
+
+    def _fresh(self, target: float, generator: torch.Generator | None) -> None:
+        fresh_cores_(list(self.cores), self._train, target, generator)
+
+    @property
+    def rank(self) -> Rank:
+        """The rank this layer was built with: a cap for every bond, or the bonds."""
+        return self._rank
+
+    @property
+    def options(self) -> Options:
+        """The options beside the rank: `like(dense, rank=rank, **options)` is the twin of this layer."""
+        return self._train.options
+
+    def squared_norm(self) -> Tensor:
+        """Return the squared Frobenius norm of the weight, from transfer matrices of the cores (differentiable)."""
+        return squared_norm(list(self.cores), self._train)
+
+    def to_dense(self) -> nn.Module:
+        """Return the stock layer that computes the same function."""
+        core = self.cores[0]
+        dense = place(self.dense_type(**self._arguments(self), device="meta", dtype=core.dtype), core.device)
+        sources: dict[str, tuple[Any, Tensor | None]] = {
+            "weight": (self.weight, core),
+            "bias": (self._bias(), self._bias()),
+        }
+        for name, (value, source) in sources.items():
+            if value is not None and source is not None:
+                copy_(getattr(dense, name), value)
+                getattr(dense, name).requires_grad_(source.requires_grad)
+        return dense.train(self.training)
+
+    def _bias(self) -> nn.Parameter | None:
+        return getattr(self, "bias", None)
+
+    def _matrix(self) -> Tensor:
+        return dense_matrix(list(self.cores), self._train)
+
+    def extra_repr(self) -> str:
+        """Return what the dense twin prints, then the rank and the options."""
+        return f"{self.dense_type.extra_repr(self)}, {named(self._rank, dict(self.options))}"
+
+    @classmethod
+    def variants(cls, dense: nn.Module) -> tuple[Options, ...]:
+        """Return the balanced shapes of 2, 3 and 4 cores with which some rank has fewer parameters than dense."""
+        train = cls._train_of(dense)
+        options = balanced_options((train.out_size, train.in_size))
+        return tuple(chosen for chosen in options if cls.rank_grid(dense, **chosen))
+
+    @classmethod
+    def full_rank(cls, dense: nn.Module, **options: Any) -> Rank:
+        """Return the cap at which the dense layer is reproduced to rounding."""
+        return cls._train_of(dense, **options).full_rank()
+
+    @classmethod
+    def rank_grid(cls, dense: nn.Module, *, multiple: int = 1, **options: Any) -> tuple[Rank, ...]:
+        """Return caps (powers of two and half-way between), all with fewer parameters than the dense layer."""
+        train = cls._train_of(dense, **options)
+        return train.rank_grid(multiple, train.out_size * train.in_size * max(train.lead, 1))
+
+    @classmethod
+    def errors(cls, dense: nn.Module, ranks: Sequence[Rank], *, seed: int = 0, **options: Any) -> tuple[float, ...]:
+        """Return the relative error of the weight at each rank, measured on one TT-SVD that is rounded to each."""
+        del seed  # nothing is random
+        return errors(cls._train_of(dense, **options), cls._matrix_of(dense), ranks)
+
+    @classmethod
+    def spectra(cls, dense: nn.Module, **options: Any) -> tuple[Spectrum, ...]:
+        """Return nothing: one cap stands for all bonds, so there is no spectrum per entry of the rank."""
+        del dense, options
+        return ()
+
+    @classmethod
+    def from_dense(cls, dense: nn.Module, *, rank: Rank, seed: int = 0, **options: Any) -> Self:
+        """Decompose the weight by TT-SVD in float64; keeps options, dtype, device, mode and requires_grad."""
+        del seed  # nothing is random
+        matrix = cls._matrix_of(dense)
+        layer = cls._hollow(dense, rank, matrix.device, options)
+        decompose_(list(layer.cores), layer._train, matrix, rank)
+        copy_(layer._bias(), getattr(dense, "bias", None))
+        return layer
+
+    @classmethod
+    def like(
+        cls, dense: nn.Module, *, rank: Rank, seed: int = 0, device: torch.device | str | None = None, **options: Any
+    ) -> Self:
+        """Return a layer with the shape and options of `dense` and fresh values."""
+        layer = cls._hollow(dense, rank, dense.weight.device if device is None else device, options)  # type: ignore[arg-type]
+        layer.reset_parameters(seeded(seed))
+        return layer
+
+    @classmethod
+    def _hollow(cls, dense: nn.Module, rank: Rank, device: Device, options: Mapping[str, Any]) -> Self:
+        """Return the layer without values; it is built on the meta device, so no random number is drawn."""
+        check_type(cls, dense, cls.dense_type)
+        arguments = cls._arguments(dense)
+        layer = cls(**arguments, rank=rank, device="meta", dtype=dense.weight.dtype, **options)
+        return take_over(place(layer, device), dense)

@@ -1,0 +1,48 @@
+"""Why a layer of a model may not be replaced: what only the whole model can tell."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from rankfold.errors import LayerError
+from rankfold.layers import is_factorised, refusal
+from rankfold.stats import walk
+
+
+def structural_refusals(model: nn.Module) -> dict[str, str]:
+    """Return name and reason of every layer whose place in the model forbids replacing it, whatever its values."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].append(name)
+    reasons = {}
+    for name, layer in walk(model):
+        others = {other for p in layer.parameters(recurse=False) for other in owners[id(p)]} - {name}
+        if is_factorised(layer):
+            reasons[name] = (
+                f"is factorised already ({layer.method}, rank {layer.rank}): densify the model to plan it anew"
+            )
+        elif others:
+            reasons[name] = f"weight is tied with {', '.join(map(repr, sorted(others)))}"
+    return reasons
+
+
+def layer_refusal(name: str, layer: nn.Module) -> str | None:
+    """Return why a layer on its own may not be decomposed, or None.
+
+    Raises:
+        LayerError: a parameter holds NaN or Inf.
+    """
+    if any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
+        return "weight is on the meta device: it has no values to decompose"
+    for key, parameter in layer.named_parameters(recurse=False):
+        if not is_lazy(parameter) and parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise LayerError(
+                f"layer {name!r} ({type(layer).__name__}): its {key} holds NaN or Inf; "
+                f"repair it, or leave the layer out with exclude=({name!r},)"
+            )
+    return refusal(layer)

@@ -1,0 +1,98 @@
+"""The table of rank rules: how each proposes choices for a layer, and how it selects among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rankfold.errors import BudgetError, PlanError
+from rankfold.planning._candidates import LEVELS, Job, energy_ladder, evbmf_ladder, grid, share
+from rankfold.planning._plan import Choice
+from rankfold.ranks import allocate
+
+# Proven, relative to the sum of squared errors; a hundredth of what the last layer's rank more or less changes.
+GAP = 1e-4
+Candidates = Mapping[str, Sequence[Choice]]
+Limits = Mapping[str, int]
+Select = Callable[[Candidates, Limits], Mapping[str, Choice]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rank rule.
+
+    Attributes:
+        propose: one layer's job to its candidates.
+        select: every layer's candidates and the limits on their sums to one choice per layer. Where
+            nothing is within the limits it returns the cheapest, and the planner raises the error.
+        needs_budget: whether the rule means anything without limits.
+    """
+
+    propose: Callable[[Job], tuple[Choice, ...]]
+    select: Select
+    needs_budget: bool
+
+
+def optimal(candidates: Candidates, limits: Limits) -> dict[str, Choice]:
+    """Select the choices with the least sum of squared relative errors, a multiple-choice knapsack, up to GAP."""
+    quantities = list(limits)
+    costs = [costs_of(choices, quantities) for choices in candidates.values()]
+    damages = [np.array([(choice.error or 0.0) ** 2 for choice in choices]) for choices in candidates.values()]
+    try:
+        indices = allocate(costs, damages, [float(limits[q]) for q in quantities], gap=GAP).indices
+    except BudgetError:
+        scale = np.array([max(1, limits[q]) for q in quantities])
+        indices = tuple(int((cost / scale).sum(axis=1).argmin()) for cost in costs)
+    return {name: choices[k] for (name, choices), k in zip(candidates.items(), indices, strict=True)}
+
+
+def uniform(candidates: Candidates, limits: Limits) -> dict[str, Choice]:
+    """Select in every layer the best choice within the same share of its dense cost, as large as the limits allow."""
+    shares = np.arange(LEVELS, -1, -1) / LEVELS
+    return same_level({name: _within(choices, shares, limits) for name, choices in candidates.items()}, limits)
+
+
+def _within(choices: Sequence[Choice], shares: np.ndarray, limits: Limits) -> list[Choice]:
+    """Return, per share, the choice of least error (then least cost) within it; the cheapest where none is."""
+    ordered = sorted(choices, key=lambda choice: (choice.error or 0.0, share(choice, list(limits))))
+    kept = np.array([share(choice, list(limits)) for choice in ordered])
+    fits = kept[None, :] <= shares[:, None]
+    return [ordered[k] for k in np.where(fits.any(axis=1), fits.argmax(axis=1), kept.argmin())]
+
+
+def same_level(candidates: Candidates, limits: Limits) -> dict[str, Choice]:
+    """Select the first level, the same in every layer, whose sums are within the limits; else the cheapest."""
+    quantities = list(limits)
+    allowed = np.array([limits[q] for q in quantities])
+    totals = sum((costs_of(choices, quantities) for choices in candidates.values()), start=np.zeros((1, 1)))
+    fits = (totals <= allowed).all(axis=1)
+    level = int(fits.argmax()) if fits.any() else int((totals / np.maximum(1, allowed)).sum(axis=1).argmin())
+    return {name: choices[level] for name, choices in candidates.items()}
+
+
+def costs_of(choices: Sequence[Choice], quantities: Sequence[str]) -> np.ndarray:
+    """Return the budgeted quantities of choices, one row per choice."""
+    return np.array([[getattr(choice, q) for q in quantities] for choice in choices], dtype=np.float64)
+
+
+RULES: Mapping[str, Rule] = {
+    "optimal": Rule(grid, optimal, needs_budget=True),
+    "uniform": Rule(grid, uniform, needs_budget=True),
+    "energy": Rule(energy_ladder, same_level, needs_budget=True),
+    "evbmf": Rule(evbmf_ladder, same_level, needs_budget=False),
+}
+
+
+def rule_of(rule: str | Select) -> Rule:
+    """Return the row of a named rule, or one around a function.
+
+    Raises:
+        PlanError: no rule of this name.
+    """
+    if callable(rule):
+        return Rule(grid, rule, needs_budget=False)
+    if rule not in RULES:
+        raise PlanError(f"unknown rule {rule!r}: the rules are {', '.join(RULES)}, or a function")
+    return RULES[rule]

@@ -1,0 +1,327 @@
+"""What compression did to a model: sizes, work, measured time, accuracy, and the error of every layer."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from rankfold._atomic import atomic_path
+from rankfold._batches import device_of
+from rankfold.errors import LayerError, PlanError, RankfoldError
+from rankfold.latency import Latency, time_models
+from rankfold.layers import is_factorised, stock_twin
+from rankfold.planning import Choice, Plan
+from rankfold.runtimes import Runtime, evaluating
+from rankfold.stats import Stats, count_params, measure
+
+WIDTH = 120
+WORDS = frozenset({"model", "layer", "method", "reason"})  # columns that are flush left
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of a report; what was not asked for is None.
+
+    Attributes:
+        model: "before" or "after".
+        params: Parameters, shared ones counted once.
+        bytes: Bytes of parameters and buffers.
+        macs: Multiply-adds per example.
+        latency: Times measured side by side with the other row.
+        accuracy: What `evaluate` returned.
+    """
+
+    model: str
+    params: int
+    bytes: int
+    macs: int | None
+    latency: Latency | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer of a report.
+
+    Attributes:
+        name: Qualified name in the model.
+        method: Method of the plan, or "dense".
+        rank: Rank of the plan, None for dense.
+        options: Options of the method, such as the split of a low-rank convolution.
+        params: Parameters before and after.
+        macs: Multiply-adds per example, before and after.
+        predicted_error: Relative Frobenius error of the weight that the plan predicted.
+        weight_error: Relative Frobenius distance between the weight now and the dense weight.
+        reason: Why the layer was left dense.
+    """
+
+    name: str
+    method: str
+    rank: int | tuple[int, ...] | None
+    options: Mapping[str, Any]
+    params: tuple[int, int]
+    macs: tuple[int, int] | None
+    predicted_error: float | None
+    weight_error: float | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A comparison of a model before and after compression, with the conditions of the measurement.
+
+    Attributes:
+        rows: The model before and after.
+        layers: One row per layer that the plan names.
+        conditions: Versions, device type, dtype, threads, runtime and batch size.
+    """
+
+    rows: tuple[Row, ...]
+    layers: tuple[LayerRow, ...]
+    conditions: Mapping[str, str | int]
+
+    def to_text(self) -> str:
+        """Return the report as tables for a terminal."""
+        out = io.StringIO()
+        console = Console(file=out, width=WIDTH, highlight=False)
+        for title, (heads, lines) in _tables(self).items():
+            table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+            for head in heads:
+                table.add_column(head, justify="left" if head in WORDS else "right", overflow="fold")
+            for line in lines:
+                table.add_row(*line)
+            console.print(table)
+        console.print(_conditions(self))
+        return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+    def to_markdown(self) -> str:
+        """Return the report as Markdown."""
+        parts = ["# Compression report"]
+        for title, (heads, lines) in _tables(self).items():
+            rule = ["---" if head in WORDS else "---:" for head in heads]
+            cells = [[cell.replace("|", "\\|") for cell in line] for line in [heads, rule, *lines]]
+            parts += [f"## {title}", "\n".join("| " + " | ".join(line) + " |" for line in cells)]
+        return "\n\n".join([*parts, _conditions(self)]) + "\n"
+
+    def to_json(self) -> str:
+        """Return the report with every sample of the measurement as JSON."""
+        rows = [asdict(row) for row in self.rows]
+        for row, data in zip(self.rows, rows, strict=True):
+            if row.latency is not None:
+                data["latency"] |= {"median": row.latency.median, "ratio": row.latency.ratio}
+        value = {"rankfold_report": 1, "conditions": dict(self.conditions), "rows": rows}
+        return json.dumps(value | {"layers": [asdict(layer) for layer in self.layers]}, indent=2) + "\n"
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report; the suffix says how: .md, .json or .txt."""
+        path = Path(path)
+        if path.suffix not in SUFFIXES:
+            raise RankfoldError(f"{path.name}: a report is written as {', '.join(SUFFIXES)}, not {path.suffix!r}")
+        text = SUFFIXES[path.suffix](self)
+        with atomic_path(path) as unfinished:
+            Path(unfinished).write_text(text, encoding="utf-8")
+        return path
+
+
+SUFFIXES: Mapping[str, Callable[[Report], str]] = MappingProxyType(
+    {".md": Report.to_markdown, ".json": Report.to_json, ".txt": Report.to_text}
+)
+
+
+def report(  # noqa: PLR0913
+    model: nn.Module,
+    small: nn.Module,
+    plan: Plan,
+    *,
+    example: Any = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    runtime: str | Runtime = "eager",
+    threads: int | None = None,
+    latency: bool = True,
+) -> Report:
+    """Compare a compressed model with the dense one it came from.
+
+    Latencies are measured side by side in interleaved rounds (see `rankfold.latency.time_models`).
+
+    Args:
+        model: The dense model.
+        small: The compressed model, recovered or not.
+        plan: The plan it was compressed with.
+        example: One batch for MACs and latency; without it both are left out.
+        evaluate: A function from a model to its accuracy, called in eval mode without autograd.
+        runtime: Where latency is measured: "eager", "compile" or "onnxruntime".
+        threads: Threads for the measurement; by default what torch is set to.
+        latency: False leaves the measurement of time out.
+
+    Returns:
+        A `Report`; `print(report.to_text())`, `report.save("report.md")`.
+
+    Raises:
+        PlanError: Where the plan names layers that the models do not have.
+    """
+    models = {"before": model, "after": small}
+    _check_names(plan, models)
+    stats = {} if example is None else {name: measure(one, example=example) for name, one in models.items()}
+    times: dict[str, Latency] = {}
+    if latency and example is not None:
+        times = time_models(models, example, runtime=runtime, threads=threads)
+    rows = tuple(
+        Row(
+            model=name,
+            params=count_params(one),
+            bytes=_bytes(one),
+            macs=stats[name].macs if stats else None,
+            latency=times.get(name),
+            accuracy=None if evaluate is None else _accuracy(evaluate, one),
+        )
+        for name, one in models.items()
+    )
+    layers = tuple(_layer_row(name, choice, models, stats) for name, choice in plan.layers.items())
+    return Report(rows=rows, layers=layers, conditions=_conditions_of(model, stats, times))
+
+
+def _check_names(plan: Plan, models: Mapping[str, nn.Module]) -> None:
+    for which, model in models.items():
+        missing = plan.layers.keys() - {name for name, _ in model.named_modules(remove_duplicate=False)}
+        if missing:
+            raise PlanError(
+                f"the model {which} compression has no layer {sorted(missing)[0]!r} ({len(missing)} of "
+                f"{len(plan.layers)} layers of the plan are missing): pass the models that the plan belongs to"
+            )
+
+
+def _layer_row(name: str, choice: Choice, models: Mapping[str, nn.Module], stats: Mapping[str, Stats]) -> LayerRow:
+    dense, now = (model.get_submodule(name) for model in models.values())
+    return LayerRow(
+        name=name,
+        method=choice.method,
+        rank=choice.rank,
+        options=dict(choice.options),
+        params=(count_params(dense), count_params(now)),
+        macs=(stats["before"].layers[name].macs, stats["after"].layers[name].macs) if stats else None,
+        predicted_error=choice.error,
+        weight_error=_weight_error(dense, now) if is_factorised(now) else None,
+        reason=choice.reason or None,
+    )
+
+
+def _weight_error(dense: nn.Module, now: nn.Module) -> float:
+    """Return the relative Frobenius distance between two layers' weights, in float64."""
+    with torch.no_grad():
+        wanted, weight = (_weight(layer).detach().to("cpu", torch.float64) for layer in (stock_twin(dense), now))
+        return float(torch.linalg.vector_norm(weight - wanted) / torch.linalg.vector_norm(wanted))
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    if not isinstance(weight, Tensor):
+        raise LayerError(f"{type(layer).__name__} has no weight to compare")
+    return weight
+
+
+def _bytes(model: nn.Module) -> int:
+    tensors = {t.data_ptr() or id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _accuracy(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
+    with evaluating(model), torch.no_grad():
+        return float(evaluate(model))
+
+
+def _conditions_of(
+    model: nn.Module, stats: Mapping[str, Stats], times: Mapping[str, Latency]
+) -> Mapping[str, str | int]:
+    first = next(iter(model.parameters()), None)
+    found: dict[str, str | int] = {"torch": torch.__version__, "device": device_of(model).type}
+    if first is not None:
+        found["dtype"] = str(first.dtype).removeprefix("torch.")
+    if stats:
+        found["batch"] = stats["before"].batch_size
+    for time in times.values():
+        found |= {"runtime": time.runtime, "threads": time.threads, "rounds": len(time.seconds)}
+    return MappingProxyType(found)
+
+
+def _tables(report: Report) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Return title to heads and lines; columns without any value are left out."""
+    before = report.rows[0]
+    whole = [
+        {
+            "model": row.model,
+            "params": _against(row.params, before.params),
+            "MB": f"{row.bytes / 1e6:.3g}",
+            "MACs": _against(row.macs, before.macs),
+            "ms (quartiles)": _milliseconds(row.latency),
+            "speed-up (quartiles)": _speed_up(row.latency),
+            "accuracy": "" if row.accuracy is None else f"{row.accuracy:.4g}",
+        }
+        for row in report.rows
+    ]
+    layers = [
+        {
+            "layer": row.name or "(model)",
+            "method": " ".join([row.method, *(_option(*item) for item in row.options.items())]),
+            "rank": "" if row.rank is None else _joined(row.rank),
+            "params": _change(row.params),
+            "MACs": _change(row.macs),
+            "predicted error": _error(row.predicted_error),
+            "weight error": _error(row.weight_error),
+            "reason": row.reason or "",
+        }
+        for row in report.layers
+    ]
+    return {title: _columns(lines) for title, lines in {"Model": whole, "Layers": layers}.items() if lines}
+
+
+def _option(name: str, value: Any) -> str:
+    return value if isinstance(value, str) else f"{name}={_joined(value)}"
+
+
+def _joined(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _columns(lines: list[dict[str, str]]) -> tuple[list[str], list[list[str]]]:
+    heads = [head for head in lines[0] if any(line[head] for line in lines)]
+    return heads, [[line[head] for head in heads] for line in lines]
+
+
+def _against(value: int | None, before: int | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,} ({value / before:.1%})" if before else f"{value:,}"
+
+
+def _change(pair: tuple[int, int] | None) -> str:
+    if pair is None:
+        return ""
+    return f"{pair[0]:,}" if pair[0] == pair[1] else f"{pair[0]:,} → {pair[1]:,}"
+
+
+def _milliseconds(time: Latency | None) -> str:
+    return "" if time is None else "{:.3g} ({:.3g}-{:.3g})".format(*(1e3 * s for s in (time.median, *time.quartiles)))
+
+
+def _speed_up(time: Latency | None) -> str:
+    return "" if time is None else "{:.2f} ({:.2f}-{:.2f})".format(time.ratio, *time.ratio_quartiles)
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _conditions(report: Report) -> str:
+    text = ", ".join(f"{name} {value}" for name, value in report.conditions.items())
+    return f"Measured with {text}. MACs are per example; errors are relative (Frobenius)."

@@ -1,0 +1,176 @@
+"""Carry out a plan: a new model with other layers in place of those that the plan names."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from rankfold.errors import LayerError, PlanError, RankfoldError
+from rankfold.layers import FactorisedLayer, is_factorised, layer_class, refusal, stock_twin
+from rankfold.planning import Choice, Plan, layer_seed, near, run, structural_refusals
+from rankfold.stats import walk
+
+Init = Literal["decompose", "random"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Replacement:
+    """One layer to build; it holds all that a worker in another process needs."""
+
+    name: str
+    layer: nn.Module
+    cls: type[FactorisedLayer]
+    choice: Choice
+    init: Init
+    seed: int
+
+
+def apply(
+    model: nn.Module, plan: Plan, *, init: Init = "decompose", seed: int = 0, executor: Executor | None = None
+) -> nn.Module:
+    """Return a new model with the plan's layers replaced; the model itself is not changed.
+
+    The plan is checked against the whole model before anything is built. Layers that the plan leaves dense
+    or doesn't name are copied. Weights that are replaced are never copied, and a module that occurs in
+    several places is replaced in all of them by one. Where a layer inside an `nn.TransformerEncoderLayer`
+    is replaced, the copy's fused inference path, which reads dense weights, is switched off.
+
+    Args:
+        model: the model that the plan was made for, or one of the same shape.
+        plan: what becomes of each layer.
+        init: "decompose" the weights, or draw them at "random" to train from scratch.
+        seed: seed of whatever is random in a decomposition or an initialisation; that of `plan` gives its errors.
+        executor: build layers in parallel in this executor's workers; the result is the same.
+
+    Raises:
+        PlanError: the plan doesn't fit the model.
+        LayerError: a weight can't be decomposed, or the model can't be copied.
+
+    Example:
+        >>> import torch, rankfold
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> small = apply(model, rankfold.Plan({"0": rankfold.Choice("svd", rank=8)}))
+        >>> small[0].rank, model[0].weight.shape
+        (8, torch.Size([64, 64]))
+    """
+    if init not in ("decompose", "random"):
+        raise PlanError(f"init={init!r} is neither 'decompose' nor 'random'")
+    layers = dict(walk(model))
+    jobs = _checked(model, layers, plan, init, seed)
+    built = run(_build, jobs, executor=executor, description="Building layers")
+    copied = _copy_with(model, {id(layers[job.name]): new for job, new in zip(jobs, built, strict=True)})
+    for module in copied.modules():
+        _switch_off_fused_path(module)
+    return copied
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Return a new model in which every factorised layer is the stock layer that computes the same function.
+
+    Example:
+        >>> import torch, rankfold
+        >>> small = torch.nn.Sequential(rankfold.layers.LowRankLinear(64, 64, rank=8))
+        >>> type(densify(small)[0]).__name__
+        'Linear'
+    """
+    return _copy_with(model, {id(layer): _dense(layer) for _, layer in walk(model) if is_factorised(layer)})
+
+
+def _dense(layer: nn.Module) -> nn.Module:
+    dense: nn.Module = layer.to_dense()  # type: ignore[operator]
+    return dense.train(layer.training)
+
+
+def _checked(
+    model: nn.Module, layers: Mapping[str, nn.Module], plan: Plan, init: Init, seed: int
+) -> list[_Replacement]:
+    """Return what there is to build, once the whole plan is known to fit the model."""
+    refused = structural_refusals(model)
+    jobs = []
+    for name, choice in plan.layers.items():
+        if name not in layers:
+            raise PlanError(f"the plan names a layer {name!r} that the model doesn't have{near(name, layers)}")
+        if choice.method == "dense":
+            continue
+        layer = layers[name]
+        reason = refused.get(name) or _unfit(layer, init)
+        if reason:
+            raise PlanError(f"layer {name!r} ({type(layer).__name__}) can't be replaced: {reason}")
+        jobs.append(_checked_job(name, layer, choice, init, seed))
+    return jobs
+
+
+def _unfit(layer: nn.Module, init: Init) -> str | None:
+    """Return why a layer on its own can't be replaced; a random initialisation doesn't look at its values."""
+    if init == "random":
+        return refusal(_without_values(layer))
+    if any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
+        return "its weight is on the meta device and has no values: use init='random'"
+    return refusal(layer)
+
+
+def _without_values(layer: nn.Module) -> nn.Module:
+    """Return a shallow copy of a layer with its parameters on the meta device."""
+    twin = copy.copy(layer)
+    twin._parameters = {
+        key: p if p is None or is_lazy(p) else nn.Parameter(p.detach().to("meta"), requires_grad=False)
+        for key, p in layer._parameters.items()
+    }
+    return twin
+
+
+def _checked_job(name: str, layer: nn.Module, choice: Choice, init: Init, seed: int) -> _Replacement:
+    try:
+        dense = stock_twin(layer)
+        cls = layer_class(dense, choice.method)
+        full = cls.full_rank(dense, **choice.options)
+        _check_rank(choice.rank, full)
+    except (TypeError, RankfoldError) as error:
+        raise PlanError(f"layer {name!r} ({type(layer).__name__}) and the plan: {error}") from error
+    return _Replacement(name, dense, cls, choice, init, layer_seed(name, seed))
+
+
+def _check_rank(rank: Any, full: Any) -> None:
+    ranks, limits = (value if isinstance(value, tuple) else (value,) for value in (rank, full))
+    if isinstance(rank, tuple) != isinstance(full, tuple) or len(ranks) != len(limits):
+        raise PlanError(f"rank {rank!r} has another form than the full rank {full!r}")
+    if any(given > limit for given, limit in zip(ranks, limits, strict=True)):
+        raise PlanError(f"rank {rank!r} is beyond the full rank {full!r}: choose one up to it, or leave it dense")
+
+
+def _build(job: _Replacement) -> nn.Module:
+    make: Any = job.cls.from_dense if job.init == "decompose" else job.cls.like
+    try:
+        new: nn.Module = make(job.layer, rank=job.choice.rank, seed=job.seed, **job.choice.options)
+    except RankfoldError as error:
+        raise LayerError(f"layer {job.name!r} ({type(job.layer).__name__}): {error}") from error
+    return new.train(job.layer.training)
+
+
+def _copy_with(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
+    """Return a deep copy in which the modules of the given ids are replaced, and never copied."""
+    try:
+        return copy.deepcopy(model, dict(replacements))
+    except (RuntimeError, TypeError) as error:
+        raise LayerError(
+            f"the model can't be copied ({error}): remove what is not plain state, such as weight norm or a cached "
+            "activation, and try again"
+        ) from error
+
+
+def _switch_off_fused_path(module: nn.Module) -> None:
+    """Make the stock transformer encoder call its layers where one of them is factorised.
+
+    The fused inference path reads `linear1.weight`, which a factorised layer rebuilds at every read: right but slow.
+    """
+    if isinstance(module, nn.TransformerEncoderLayer):
+        if is_factorised(module.linear1) or is_factorised(module.linear2):
+            module.activation_relu_or_gelu = 0
+    elif isinstance(module, nn.TransformerEncoder) and any(map(is_factorised, module.modules())):
+        module.use_nested_tensor = False

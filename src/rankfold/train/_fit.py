@@ -1,0 +1,290 @@
+"""The one short training loop: recover what compression lost, or train a factorised model."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfold._batches import batch_arguments, batch_target, device_of, to_device
+from rankfold._progress import track
+from rankfold.errors import DataError, RankfoldError, StoreError
+from rankfold.layers import is_factorised
+from rankfold.train._batchnorm import batchnorms, modes_kept, reestimate_batchnorm
+from rankfold.train._checkpoint import (
+    State,
+    loader_generators,
+    named_tensors,
+    own_randomness,
+    restore,
+    resume,
+    settings,
+    snapshot,
+    write_checkpoint,
+)
+from rankfold.train._losses import Terms, combine, distillation_loss, logits_of, product_decay, task_loss
+from rankfold.train._recipe import Epoch, History, Recipe
+
+STANDARD = Recipe()
+
+
+def fit(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    teacher: nn.Module | None = None,
+    epochs: int = 1,
+    lr: float = 1e-3,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    recipe: Recipe = STANDARD,
+) -> History:
+    """Train a model in place, under a dense teacher where there is one.
+
+    Minimises (1 - α) task + α T² KL(teacher || student) + λ/2 Σ ||W||², where W runs over the products of the
+    factorised layers. Before the first step the BatchNorm statistics are estimated anew. Batches without a target are
+    learnt from by distillation alone. Weights that do not require a gradient stay as they are; the train/eval flags
+    come back as they were, and so does torch's global random state.
+
+    Args:
+        model: The model; it is trained on the device that it is on.
+        loader: Batches, read once per epoch: tensors, tuples (inputs first, then the target) or dicts (keyword
+            arguments; the target is "labels" or "label").
+        teacher: The model to learn from, run in eval mode and left untouched; usually the dense original.
+        epochs: Passes over the loader.
+        lr: Highest learning rate; warm-up and schedule are in the recipe.
+        evaluate: Called with the model in eval mode after each epoch; returns a metric, higher is better.
+        recipe: Everything else: loss, temperature, decay, optimiser, checkpoint, seed, ….
+
+    Returns:
+        One row per epoch: the loss and its terms, learning rate, metric, seconds.
+
+    Raises:
+        DataError: If the loader yields nothing or can be read only once and is needed more often, or a batch has no
+            target and there is no teacher.
+        RankfoldError: For settings out of range, a teacher that shares weights with the model, and a loss that is NaN
+            or Inf; then the model is as it was after the last whole epoch.
+        StoreError: If the checkpoint cannot be written, is damaged or is of another run.
+
+    Reference:
+        Hinton, Vinyals, Dean 2015 (distillation); Khodak et al. 2021 (decay of products).
+
+    Example:
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> x = torch.randn(64, 4)
+        >>> loader = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=16, shuffle=True)
+        >>> history = fit(nn.Linear(4, 2), loader, epochs=5, lr=0.1)
+        >>> history.epochs[-1].loss < history.epochs[0].loss
+        True
+    """
+    _check(model, teacher, epochs, lr, evaluates=evaluate is not None, recipe=recipe)
+    device = device_of(model)
+    optimizer = recipe.build_optimizer(_groups(model, recipe.weight_decay), lr)
+    state = State(model, optimizer, device, loader_generators(loader))
+    session = _Session(state, loader, teacher, recipe, epochs, evaluate)
+    with (
+        own_randomness(recipe.seed, device),
+        modes_kept(model, *([] if teacher is None else [teacher])),
+        torch.enable_grad(),
+    ):
+        common = settings(recipe, epochs=epochs, lr=lr, steps=session.steps, teacher=teacher is not None)
+        session.start(common)
+        try:
+            for epoch in range(len(state.rows), epochs):
+                session.run(epoch)
+                if recipe.checkpoint is not None:
+                    write_checkpoint(recipe.checkpoint, state, common)
+        finally:
+            optimizer.zero_grad()
+        if state.best is not None:
+            restore(model, state.best)
+    return History(tuple(state.rows), state.kept)
+
+
+class _Session:
+    """One call of `fit`: what stays the same during it, around the state that changes."""
+
+    def __init__(
+        self,
+        state: State,
+        loader: Iterable[Any],
+        teacher: nn.Module | None,
+        recipe: Recipe,
+        epochs: int,
+        evaluate: Callable[[nn.Module], float] | None,
+    ) -> None:
+        self.state, self.loader, self.teacher = state, loader, teacher
+        self.recipe, self.epochs, self.evaluate = recipe, epochs, evaluate
+        self.steps = _length(loader)
+        self.rates = [group["lr"] for group in state.optimizer.param_groups]
+        self.factorised = [m for m in state.model.modules() if is_factorised(m)] if recipe.decay else []
+        self.parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+
+    def start(self, common: dict[str, Any]) -> None:
+        """Resume from the checkpoint, or prepare the model for its first step."""
+        path = self.recipe.checkpoint
+        if path is not None and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            raise StoreError(f"{os.fspath(path)} cannot be written: its directory does not exist")
+        resumed = path is not None and os.path.exists(path)
+        if path is not None and resumed:
+            resume(path, self.state, common)
+        prepare = not resumed and bool(self.recipe.batchnorm) and bool(batchnorms(self.state.model))
+        passes = self.epochs - len(self.state.rows) + prepare
+        if isinstance(self.loader, Iterator) and passes > 1:
+            raise DataError(
+                f"the loader is an iterator, which can be read once, and is needed {passes} times: pass a list or a "
+                "DataLoader"
+            )
+        if prepare:
+            reestimate_batchnorm(self.state.model, self.loader, batches=self.recipe.batchnorm)
+
+    def run(self, epoch: int) -> None:
+        """Train for one epoch, evaluate, and append its row."""
+        began = time.perf_counter()
+        self.state.model.train()
+        if self.teacher is not None:
+            self.teacher.eval()
+        means = self._train(epoch)
+        metric = self._metric()
+        rate = self.state.optimizer.param_groups[0]["lr"]
+        row = Epoch(epoch + 1, **means, lr=rate, metric=metric, seconds=time.perf_counter() - began)
+        self.state.rows.append(row)
+        better = self.recipe.keep_best and metric is not None and metric > self.state.best_metric
+        if better:
+            self.state.best, self.state.best_metric = snapshot(self.state.model), metric or 0.0
+        if better or self.state.best is None:
+            self.state.kept = epoch + 1
+
+    def _train(self, epoch: int) -> dict[str, Any]:
+        """Take every step of an epoch; return the mean of each term of the loss."""
+        good = snapshot(self.state.model)
+        seen: dict[str, list[float | None]] = defaultdict(list)
+        title = f"epoch {epoch + 1} of {self.epochs}"
+        step = 0
+        for batch in track(self.loader, title, total=self.steps, show=self.recipe.progress):
+            step += 1
+            self._set_rate(epoch, step)
+            terms = self._terms(batch)
+            bad = self._step(terms.loss)
+            if bad:
+                restore(self.state.model, good)
+                raise RankfoldError(self._diagnosis(bad, epoch, step))
+            for name, value in terms.values().items():
+                seen[name].append(value)
+        if not step:
+            raise DataError(f"the loader yields no batch in epoch {epoch + 1}")
+        if not all(torch.isfinite(parameter).all() for parameter in self.parameters):
+            restore(self.state.model, good)
+            raise RankfoldError(self._diagnosis("a weight", epoch, step))
+        return {name: _mean(values) for name, values in seen.items()}
+
+    def _set_rate(self, epoch: int, step: int) -> None:
+        """Set the learning rates of the step-th step, counted from 1, of an epoch, counted from 0.
+
+        Without the loader's length the schedule moves once per epoch.
+        """
+        within = min((step - 0.5) / self.steps, 1.0) if self.steps else 0.5
+        factor = self.recipe.factor((epoch + within) / self.epochs)
+        for group, rate in zip(self.state.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+
+    def _terms(self, batch: Any) -> Terms:
+        args, kwargs = to_device(batch_arguments(batch), self.state.device)
+        target = to_device(batch_target(batch), self.state.device)
+        output = self.state.model(*args, **kwargs)
+        distillation = None if self.teacher is None else self._distillation(self.teacher, batch, output)
+        alone = distillation is not None and (target is None or self.recipe.alpha == 1)
+        task = None if alone else task_loss(output, target, self.recipe.loss)
+        decay = product_decay(self.factorised) if self.factorised else None
+        return combine(task, distillation, decay, alpha=self.recipe.alpha, lam=self.recipe.decay)
+
+    def _distillation(self, teacher: nn.Module, batch: Any, output: Any) -> Tensor:
+        args, kwargs = to_device(batch_arguments(batch), device_of(teacher))
+        with torch.no_grad():
+            taught = logits_of(teacher(*args, **kwargs))
+        return distillation_loss(output, taught.to(self.state.device), self.recipe.temperature)
+
+    def _step(self, loss: Tensor) -> str:
+        """Change the weights, unless something is NaN or Inf: return what, or an empty text."""
+        if not math.isfinite(loss.item()):
+            return f"the loss ({loss.item()})"
+        self.state.optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
+        if not math.isfinite(norm.item()):
+            return f"the norm of the gradient ({norm.item()})"
+        self.state.optimizer.step()
+        return ""
+
+    def _diagnosis(self, bad: str, epoch: int, step: int) -> str:
+        when = f"after epoch {epoch}" if epoch else "before training"
+        rate = self.state.optimizer.param_groups[0]["lr"]
+        return (
+            f"{bad} is NaN or Inf in epoch {epoch + 1}, step {step}, at learning rate {rate:.3g}; the model is "
+            f"as it was {when}. Lower lr, or look for NaN or Inf in the data"
+        )
+
+    def _metric(self) -> float | None:
+        if self.evaluate is None:
+            return None
+        self.state.model.eval()
+        with torch.no_grad():
+            return float(self.evaluate(self.state.model))
+
+
+def _check(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    epochs: int,
+    lr: float,
+    *,
+    evaluates: bool,
+    recipe: Recipe,
+) -> None:
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+        raise RankfoldError(f"epochs is a whole number above 0, not {epochs!r}")
+    if not 0 < lr < math.inf:
+        raise RankfoldError(f"lr is a number above 0, not {lr!r}")
+    if recipe.keep_best and not evaluates:
+        raise RankfoldError("keep_best needs evaluate=: a function that returns the metric of a model")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise RankfoldError("the model has no weight that requires a gradient: nothing to train")
+    tensors = {id(t): name for name, t in named_tensors(model).items()}
+    on_meta = [name for name, t in named_tensors(model).items() if t.is_meta]
+    if on_meta:
+        raise RankfoldError(f"{on_meta[0]} is on the meta device: a model without values cannot be trained")
+    shared = [] if teacher is None else [tensors[id(t)] for t in named_tensors(teacher).values() if id(t) in tensors]
+    if shared:
+        raise RankfoldError(
+            f"the teacher shares {shared[0]} with the model and would change with it: copy the model first"
+        )
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return parameter groups: ordinary decay for dense weights, none for factors, biases and normalisation."""
+    factors = {id(p) for layer in model.modules() if is_factorised(layer) for p in layer.parameters()}
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (decayed if parameter.ndim > 1 and id(parameter) not in factors else others).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _length(loader: Any) -> int | None:
+    """Return the number of batches in an epoch where the loader knows it."""
+    try:
+        return len(loader) or None
+    except TypeError:  # raised also by a DataLoader over an iterable dataset
+        return None
+
+
+def _mean(values: list[float | None]) -> float | None:
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None

@@ -1,0 +1,140 @@
+"""How to train, and what came of it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from rankfold.errors import RankfoldError
+from rankfold.train._losses import Loss
+
+Optimizer = Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]
+
+
+def _adamw(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=lr)
+
+
+def _sgd(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+
+
+OPTIMIZERS: Mapping[str, Optimizer] = MappingProxyType({"adamw": _adamw, "sgd": _sgd})
+
+
+def _cosine(x: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * x))
+
+
+def _constant(_: float) -> float:
+    return 1.0
+
+
+SCHEDULES: Mapping[str, Callable[[float], float]] = MappingProxyType({"cosine": _cosine, "constant": _constant})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The settings of `fit` that are rarely changed.
+
+    Args:
+        optimizer: "adamw", "sgd" (Nesterov momentum 0.9), or a function of parameter groups and the learning
+            rate. AdamW is the default because its step does not depend on how the scale of a weight is spread over
+            its factors, which differs from layer to layer and from method to method.
+        schedule: "cosine" (to zero) or "constant", or a function of the share of the run done, from 0 to 1, that
+            returns a factor of the learning rate.
+        warmup: Share of all steps over which the learning rate rises from zero, 0 to 1.
+        loss: The task's loss as a function of the model's output and the target; the default is the loss that the
+            model itself returns, else the cross-entropy with integer classes.
+        temperature: T of the distillation.
+        alpha: Weight of the distillation beside the task, 0 to 1.
+        decay: Weight λ of the Frobenius decay λ/2 Σ ||W||² on the products of factorised layers.
+        weight_decay: Ordinary weight decay, of dense weights with two or more axes only.
+        clip: Largest norm of the gradient; `math.inf` for none.
+        batchnorm: Number of batches to re-estimate BatchNorm statistics on before the first step; 0 for none.
+        keep_best: Whether to end with the weights of the epoch with the highest metric instead of the last's.
+        checkpoint: File to write after each epoch, and to resume from where it exists.
+        seed: Seeds dropout and a `DataLoader` that shuffles without a generator of its own.
+        progress: Whether to show a progress bar on a terminal.
+
+    Raises:
+        RankfoldError: For a value out of its range.
+
+    Example:
+        >>> Recipe(temperature=4.0, alpha=0.9).optimizer
+        'adamw'
+    """
+
+    optimizer: str | Optimizer = "adamw"
+    schedule: str | Callable[[float], float] = "cosine"
+    warmup: float = 0.05
+    loss: Loss | None = None
+    temperature: float = 2.0
+    alpha: float = 0.7
+    decay: float = 1e-4
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    batchnorm: int = 100
+    keep_best: bool = False
+    checkpoint: str | os.PathLike[str] | None = None
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "warmup": (0 <= self.warmup <= 1, "between 0 and 1"),
+            "temperature": (0 < self.temperature < math.inf, "above 0"),
+            "alpha": (0 <= self.alpha <= 1, "between 0 and 1"),
+            "decay": (0 <= self.decay < math.inf, "0 or more"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
+            "clip": (self.clip > 0, "above 0"),
+            "batchnorm": (self.batchnorm >= 0, "0 or more"),
+            "optimizer": (callable(self.optimizer) or self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
+            "schedule": (callable(self.schedule) or self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+        }
+        for name, (valid, allowed) in ranges.items():
+            if not valid:
+                raise RankfoldError(f"{name} is {allowed}, not {getattr(self, name)!r}")
+
+    def factor(self, done: float) -> float:
+        """Return what the learning rate is multiplied by once a share `done` of the run is over."""
+        if done < self.warmup:
+            return done / self.warmup
+        schedule = self.schedule if callable(self.schedule) else SCHEDULES[self.schedule]
+        return schedule((done - self.warmup) / (1 - self.warmup)) if self.warmup < 1 else 1.0
+
+    def build_optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        """Return the optimiser of these parameter groups."""
+        build = self.optimizer if callable(self.optimizer) else OPTIMIZERS[self.optimizer]
+        return build(groups, lr)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch of training: means over its batches, each term before it is weighted.
+
+    `lr` is the learning rate of its last step; a term or metric that is not used is None.
+    """
+
+    epoch: int
+    loss: float
+    task: float | None
+    distillation: float | None
+    decay: float | None
+    lr: float
+    metric: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class History:
+    """What a training run did: its epochs, and the number of the one whose weights the model ends with."""
+
+    epochs: tuple[Epoch, ...]
+    kept: int

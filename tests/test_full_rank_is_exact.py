@@ -1,0 +1,104 @@
+"""Does a layer at full rank compute what the dense layer computes, and at any rank what its weight says?"""
+
+import pytest
+import torch
+from cases import FORM_IDS, FORMS, PADDING_MODES, dense_layers, example_of, part_of, small_rank
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from rankfold import layers
+
+few = settings(max_examples=8, deadline=None, derandomize=True)
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Using padding='same' with even kernel"
+)  # torch's own, of the dense layer
+forms = pytest.mark.parametrize(("layer", "options"), FORMS, ids=FORM_IDS)
+
+
+def relative(actual, expected):
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+@forms
+@given(data=st.data())
+@few
+def test_full_rank_in_double_precision(layer, options, data):
+    dense, x = data.draw(dense_layers(layer.dense_type))
+    built = layer.from_dense(dense, rank=layer.full_rank(dense, **options), **options)
+    assert built(x).shape == dense(x).shape
+    assert relative(built(x), dense(x)) < 1e-10
+    assert relative(built.weight, dense.weight) < 1e-10
+    assert relative(built.to_dense()(x), dense(x)) < 1e-10
+
+
+@forms
+@given(data=st.data())
+@few
+def test_full_rank_in_single_precision(layer, options, data):
+    dense, x = data.draw(dense_layers(layer.dense_type, torch.float32))
+    built = layer.from_dense(dense, rank=layer.full_rank(dense, **options), **options)
+    assert relative(built(x), dense(x)) < 1e-4
+
+
+@forms
+@given(data=st.data())
+@few
+def test_any_rank_is_the_dense_layer_of_its_weight(layer, options, data):
+    dense, x = data.draw(dense_layers(layer.dense_type))
+    rank = part_of(layer.full_rank(dense, **options), data.draw(st.floats(0, 1)))
+    built = layer.like(dense, rank=rank, seed=1, **options)
+    back = built.to_dense()
+    assert type(back) is layer.dense_type
+    torch.testing.assert_close(back.weight, built.weight)
+    torch.testing.assert_close(back(x), built(x))
+    torch.testing.assert_close(built.squared_norm(), built.weight.square().sum())
+
+
+@forms
+@pytest.mark.parametrize("mode", PADDING_MODES)
+def test_borders_and_corners_are_padded_as_by_the_dense_layer(layer, options, mode):
+    if layer.dense_type in (nn.Linear, nn.Embedding):
+        pytest.skip("pads nothing")
+    padding = (3, 2, 1)[: len(example_of(layer.dense_type)[0].kernel_size)]
+    dense, x = example_of(layer.dense_type, padding=padding, padding_mode=mode, dtype=torch.float64, stride=1)
+    built = layer.from_dense(dense, rank=layer.full_rank(dense, **options), **options)
+    difference = (built(x) - dense(x)).detach().abs().amax((0, 1))
+    corner = difference[(0,) * difference.ndim]
+    assert float(difference.max()) < 1e-12
+    assert float(corner) < 1e-12
+
+
+@forms
+def test_depthwise_layers_are_exact_where_they_have_variants(layer, options):
+    if layer.dense_type in (nn.Linear, nn.Embedding):
+        pytest.skip("no groups")
+    dense, x = example_of(layer.dense_type, out_channels=8, groups=8, dtype=torch.float64)
+    built = layer.from_dense(dense, rank=layer.full_rank(dense, **options), **options)
+    torch.testing.assert_close(built(x), dense(x))
+
+
+@forms
+def test_squared_norm_needs_no_weight_and_is_differentiable(layer, options):
+    dense, _ = example_of(layer.dense_type, dtype=torch.float64)
+    built = layer.like(dense, rank=small_rank(layer, dense, options), **options)
+    built.squared_norm().backward()
+    actual = {name: p.grad.clone() for name, p in built.named_parameters() if p.grad is not None}
+    built.zero_grad()
+    built.weight.square().sum().backward()
+    assert actual.keys() == {name for name, p in built.named_parameters() if p.grad is not None}
+    for name, gradient in actual.items():
+        torch.testing.assert_close(gradient, built.get_parameter(name).grad)
+
+
+def test_a_tied_head_is_the_transposed_table():
+    embedding = layers.LowRankEmbedding(30, 8, rank=3, dtype=torch.float64)
+    values = torch.randn(30, dtype=torch.float64)
+    head, x = embedding.tied_head(bias=values), torch.randn(2, 4, 8, dtype=torch.float64)
+    torch.testing.assert_close(head(x), x @ embedding.weight.T + values)
+    torch.testing.assert_close(head.to_dense()(x), head(x))
+    assert head.down is embedding.down
+    assert head.up is embedding.up
+    assert embedding.tied_head().bias is None
+    assert not embedding.tied_head(bias=True).bias.any()
