@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -301,13 +302,22 @@ def _columns(lines: list[dict[str, str]]) -> tuple[list[str], list[list[str]]]:
 def _against(value: int | None, before: int | None) -> str:
     if value is None:
         return ""
-    return f"{value:,} ({value / before:.1%})" if before else f"{value:,}"
+    return f"{_short(value)} ({value / before:.1%})" if before else _short(value)
 
 
 def _change(pair: tuple[int, int] | None) -> str:
     if pair is None:
         return ""
-    return f"{pair[0]:,}" if pair[0] == pair[1] else f"{pair[0]:,} → {pair[1]:,}"
+    return _short(pair[0]) if pair[0] == pair[1] else f"{_short(pair[0])} → {_short(pair[1])}"
+
+
+def _short(value: int) -> str:
+    """Return a count to three digits with its unit; the exact one is in the JSON form."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= 0.9995 * size:
+            digits = 2 - int(math.log10(max(1.0, value / size)))
+            return f"{value / size:.{digits}f} {unit}"
+    return str(value)
 
 
 def _milliseconds(time: Latency | None) -> str:
