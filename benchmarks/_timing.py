@@ -1,7 +1,8 @@
 """Fair ratios: all contestants in one process, one after the other in every round, the median over the rounds.
 
-A benchmark is a list of rows (dicts) with the same keys; `write` puts them as a markdown table and as JSON into
-`benchmarks/results/`, with the versions and the number of threads they were measured with.
+Times are processor time of the process: on one thread that is what a clock shows on an idle machine, and other
+programs disturb it less. A benchmark is a list of rows (dicts) with the same keys; `write` puts them as a markdown
+table and as JSON into `benchmarks/results/`, with the versions and the number of threads they were measured with.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ class Timing:
         return f"{1e3 * self.median:.4g} ± {1e3 * self.spread:.2g} ms"
 
 
-def compare(contestants: Mapping[str, Callable[[], Any]], *, rounds: int = 7, warmup: int = 1) -> dict[str, Timing]:
-    """Return the times of every contestant, measured in turn within each round."""
+def compare(
+    contestants: Mapping[str, Callable[[], Any]], *, rounds: int = 7, warmup: int = 1, per: int = 1
+) -> dict[str, Timing]:
+    """Return the times of every contestant, measured in turn within each round, divided by `per` steps of a call."""
     for _ in range(warmup):
         for run in contestants.values():
             run()
@@ -42,9 +45,9 @@ def compare(contestants: Mapping[str, Callable[[], Any]], *, rounds: int = 7, wa
     for _ in range(rounds):
         for name, run in contestants.items():
             gc.collect()
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append((time.process_time() - start) / per)
     return {name: _timing(values) for name, values in seconds.items()}
 
 
@@ -53,17 +56,28 @@ def ratio(slow: Timing, fast: Timing) -> float:
     return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
 
 
+def verdict(reached: float, target: float | None, *, most: bool = False) -> str:
+    """Return whether a ratio is at least (or at most) its target, in words for a table."""
+    if target is None:
+        return ""
+    met = reached <= target if most else reached >= target
+    return f"{'<=' if most else '>='} {target:g}: {'met' if met else 'missed'}"
+
+
 def setting(**more: Any) -> dict[str, Any]:
     """Return what every table states: versions and threads, and what the benchmark adds (dtype, shapes, ...)."""
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": "cpu", **more}
+    fixed = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": "cpu", "clock": "processor time"}
+    return fixed | more
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], conditions: Mapping[str, Any], title: str) -> str:
-    """Return a title, one line of conditions and a table."""
+    """Return a title, one line of conditions, a table, and the rows that missed a target."""
     head = list(rows[0])
     lines = [f"# {title}", "", ", ".join(f"{key}: {value}" for key, value in conditions.items()), ""]
     lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     lines += ["| " + " | ".join(_cell(row[key]) for key in head) + " |" for row in rows]
+    missed = [", ".join(str(row[key]) for key in head[:3]) for row in rows if "missed" in map(_last_word, row.values())]
+    lines += ["", "Targets missed: " + ("; ".join(missed) or "none") + "."]
     return "\n".join(lines) + "\n"
 
 
@@ -86,8 +100,12 @@ def _timing(seconds: list[float]) -> Timing:
     return Timing(median, (quartiles[2] - quartiles[0]) / 2, tuple(seconds))
 
 
+def _last_word(value: Any) -> str:
+    return str(value).rpartition(" ")[2]
+
+
 def _cell(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _plain(value: Any) -> Any:

@@ -61,7 +61,7 @@ def actual(tensor, result):
 # exact?
 
 
-@few(max_examples=25)
+@few(max_examples=12)
 @given(st.lists(st.integers(3, 8), min_size=2, max_size=4), st.integers(1, 8), st.integers(0, 10**6))
 def test_low_rank_tensors_are_recovered(dims, rank, seed):
     rank = min(rank, sorted(dims)[-2])
@@ -225,7 +225,7 @@ def test_without_a_bound_the_same_tensor_degenerates():
     assert cp(border_tensor(), 2, max_degeneracy=math.inf).degeneracy > 1e4
 
 
-@few(max_examples=15)
+@few(max_examples=8)
 @given(st.integers(0, 10**6))
 def test_degeneracy_is_never_above_the_bound(seed):
     result = cp(gaussian(2, 2, 2, seed=seed), 2, iterations=300)

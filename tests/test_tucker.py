@@ -12,7 +12,7 @@ from rankfold.decompose import tucker, tucker_errors
 from rankfold.decompose._unfold import fold, khatri_rao, mode_gram, mode_product, row_gram, unfold
 from rankfold.errors import DecompositionError
 
-QUICK = settings(deadline=None, max_examples=20, derandomize=True)
+QUICK = settings(deadline=None, max_examples=12, derandomize=True)
 
 
 def random(*shape, seed=0, dtype=torch.float64):
@@ -114,7 +114,7 @@ def test_surface_falls_with_either_rank():
     assert surface[-1, -1] == 0
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-200, 1e200])
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**-660, 2.0**660])
 def test_scale_does_not_matter(scale):
     tensor = random(6, 5, 4)
     one, two = tucker(tensor, 2), tucker(tensor * scale, 2)

@@ -23,13 +23,10 @@ Basis: TypeAlias = tuple[Tensor, float]
 
 GRAM_MARGIN = 1e3
 """How far the discarded energy must lie above the Gram matrix's own rounding for the Gram matrix to be used."""
-
 LARGE, SHARE, OVERSAMPLING = 384, 1 / 12, 8
 """A Krylov basis finds the eigenvectors of Gram matrices this large, of at most this share of the rows."""
-
 MISSED = 1e-3
 """The share of the discarded energy that a Krylov basis may miss: at most 0.05 % of the error."""
-
 ROUNDING = 10.0
 """Rounding of the factors to the input's dtype, in units of its epsilon per core; part of `bound`."""
 
@@ -142,8 +139,8 @@ def tt_round(
 ) -> TT | TTMatrix:
     """Return a tensor train with smaller bonds, without forming the tensor.
 
-    A sweep of QR from the right makes every core but the first right-orthogonal; a sweep of truncated SVD
-    from the left then discards what the unfoldings' singular values allow. O(d n r^3).
+    QR from the right makes every core but the first right-orthogonal; truncated SVDs from the left then discard what
+    the unfoldings' singular values allow. O(d n r^3).
 
     Args:
         train: a TT or a TT-matrix.
@@ -167,18 +164,7 @@ def tt_round(
         (2, 2)
     """
     flat = [working_copy(core, dtype).flatten(1, -2) for core in train.cores]
-    cores = _orthogonalise_from_right(flat)
-    total = squared_norm(cores[0])
-    caps, budget = _target([core.shape[1] for core in cores], rank, tolerance, total)
-    lost: list[float] = []
-    for k, cap in enumerate(caps):
-        rows = cores[k].flatten(0, 1)
-        found = _leading(rows, cap, _share(budget, lost, len(caps)), dtype)
-        basis, discarded = found or _from_svd(rows, cap, None)
-        lost.append(discarded)
-        cores[k] = basis.reshape(*cores[k].shape[:2], -1)
-        cores[k + 1] = torch.tensordot(basis.T @ rows, cores[k + 1], 1)
-    rounded = _finish(cores, lost, total, train.cores[0].dtype)
+    rounded = _truncate_from_left(_orthogonalise_from_right(flat), rank, tolerance, train.cores[0].dtype)
     if isinstance(train, TTMatrix):
         back = [_unpair(core, m, n) for core, m, n in zip(rounded.cores, train.out_shape, train.in_shape, strict=True)]
         return TTMatrix(tuple(back), rounded.error, rounded.bound)
@@ -188,8 +174,8 @@ def tt_round(
 def tt_roundings(tensor: Tensor, ranks: Sequence[Rank], *, dtype: torch.dtype = torch.float64) -> tuple[TT, ...]:
     """Return tensor trains at several ranks from one TT-SVD: the curve of error against rank.
 
-    The TT-SVD at the largest bonds asked for is rounded to each rank. The `error` of each is measured against
-    the tensor, `||X||^2 - 2 <X, X^> + ||X^||^2`: it is reached, not a bound.
+    The TT-SVD at the largest bonds asked for is rounded to each rank, by one sweep of QR for all of them. The `error`
+    of each is measured against the tensor, `||X||^2 - 2 <X, X^> + ||X^||^2`: it is reached, not a bound.
 
     Args:
         tensor: order >= 2.
@@ -214,9 +200,10 @@ def tt_roundings(tensor: Tensor, ranks: Sequence[Rank], *, dtype: torch.dtype = 
     if not asked:
         return ()
     whole = tensor_train(work, largest, dtype=dtype)
+    orthogonal = _orthogonalise_from_right(whole.cores)
     found = {largest: whole}
     for rank in set(asked) - {largest}:
-        rounded = tt_round(whole, rank, dtype=dtype)
+        rounded = _truncate_from_left(orthogonal, rank, None, dtype)
         squared = total - 2 * _inner(work, rounded.cores) + squared_norm(rounded.cores[-1])
         error = max(relative(squared, total), whole.error)
         found[rank] = TT(rounded.cores, error, error + rounded.bound - rounded.error)
@@ -300,10 +287,9 @@ def _split_ends(
 def _leading(matrix: Float[Tensor, "m n"], cap: int, allowed: float | None, dtype: torch.dtype) -> Basis | None:
     """An orthonormal basis of the leading left singular vectors, and the squared norm outside of it.
 
-    `cap` vectors, or fewer where these leave at most `allowed` outside. A Gram matrix has errors of eps
-    times its trace, so it serves where the discarded energy is well above them. Where it is not, a matrix of
-    less precision than `dtype` gives None, to be asked again in `dtype`, and then the SVD decides. Where
-    nothing may be left out there is nothing to compute but a basis.
+    `cap` vectors, or fewer where these leave at most `allowed` outside. A Gram matrix has errors of eps times its
+    trace, so it serves where the discarded energy is well above them. Where not, a matrix of less precision than
+    `dtype` gives None, to be asked again in `dtype`, and then the SVD decides. With nothing left out any basis does.
     """
     rows, columns = matrix.shape
     lossless = cap >= min(rows, columns) and allowed is None
@@ -384,6 +370,20 @@ def _orthogonalise_from_right(cores: Sequence[Tensor]) -> list[Tensor]:
         done.insert(0, q.T.reshape(-1, *carry.shape[1:]))
         carry = core @ r.T
     return [carry, *done]
+
+
+def _truncate_from_left(cores: Sequence[Tensor], rank: Rank | None, tolerance: float | None, out: torch.dtype) -> TT:
+    """Return the train with smaller bonds, in the dtype `out`, from one that is orthogonal but for its first core."""
+    cores, total, lost = list(cores), squared_norm(cores[0]), list[float]()
+    caps, budget = _target([core.shape[1] for core in cores], rank, tolerance, total)
+    for k, cap in enumerate(caps):
+        rows = cores[k].flatten(0, 1)
+        found = _leading(rows, cap, _share(budget, lost, len(caps)), rows.dtype)
+        basis, discarded = found or _from_svd(rows, cap, None)
+        lost.append(discarded)
+        cores[k] = basis.reshape(*cores[k].shape[:2], -1)
+        cores[k + 1] = torch.tensordot(basis.T @ rows, cores[k + 1], 1)
+    return _finish(cores, lost, total, out)
 
 
 def _inner(tensor: Tensor, cores: Sequence[Tensor]) -> float:

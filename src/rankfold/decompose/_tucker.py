@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from rankfold._typing import Float
 from rankfold.decompose._factors import Tucker, fix_signs
 from rankfold.decompose._unfold import (
     check_rank,
+    fold,
     in_dtype,
     mode_gram,
     mode_product,
@@ -21,6 +23,7 @@ from rankfold.decompose._unfold import (
     relative_difference,
     safe_scale,
     squared_norm,
+    unfold,
     working_copy,
 )
 from rankfold.errors import DecompositionError
@@ -46,7 +49,8 @@ def tucker(
 
     Starts from the sequentially truncated HOSVD, whose squared error is at most the sum of the tails of the
     unfoldings; HOOI then minimises `||X - X'||_F` over one factor at a time, by the leading eigenvectors of the Gram
-    matrix of the tensor projected on all others. The error never rises; the gain is a few percent of it.
+    matrix of the tensor projected on all others, found from those of the sweep before. The error never rises; the gain
+    is a few percent of it.
 
     Args:
         tensor: order >= 2, any float dtype and device.
@@ -55,8 +59,9 @@ def tucker(
         method: "hooi", or "hosvd" for the start alone.
         iterations: most HOOI sweeps.
         tolerance: the sweeps end when one lowers the relative error by less than this.
-        dtype: to compute in, torch.float64 or torch.float32. By default float64, except for a tensor given in float32
-            or less whose error is far above what float32 resolves.
+        dtype: to compute in, torch.float64 or torch.float32; sweeps in float64 may start from a HOSVD in float32.
+            By default float64, except for a tensor given in float32 or less whose error is far above what float32
+            resolves.
 
     Returns:
         The core and the factors in the dtype and on the device of the tensor; the error is that before rounding to it.
@@ -122,8 +127,8 @@ def tucker_errors(
         raise DecompositionError(f"an error surface is over two modes, not {tuple(modes)}")
     scale = safe_scale(work)
     work = work if scale == 1 else work / scale
-    bases = [_leading(mode_gram(work, mode), work.shape[mode])[0] for mode in chosen]
-    core = _project(work, chosen, bases)
+    bases = {mode: _leading(mode_gram(work, mode), work.shape[mode])[0].kept for mode in chosen}
+    core = _project(work, bases)
     energy = core.movedim(chosen, (0, 1)).reshape(*(work.shape[mode] for mode in chosen), -1).square().sum(2)
     # Sums of what is left out have no cancellation: rows below a, and columns right of b in the rows up to a.
     below = energy.sum(1).flip(0).cumsum(0).flip(0) - energy.sum(1)
@@ -150,76 +155,134 @@ def _check_ranks(tensor: Tensor, rank: object, modes: tuple[int, ...]) -> list[i
     return [check_rank(r, tensor.shape[mode], f"rank of mode {mode}") for r, mode in zip(ranks, modes, strict=True)]
 
 
+@dataclass(frozen=True, eq=False)
+class _Basis:
+    """An orthonormal basis of a mode: the directions that are kept, and the others."""
+
+    kept: Float[Tensor, "dim rank"]
+    rest: Float[Tensor, "dim others"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """Bases by axis, the core that belongs to them, the sweeps done, and whether the error had settled."""
+
+    bases: dict[int, _Basis]
+    core: Tensor
+    sweeps: int = 0
+    converged: bool = True
+
+    def error(self, total: float) -> float:
+        """Return the relative error from the energy that the core has."""
+        return relative(total - squared_norm(self.core), total)
+
+
 def _decompose(work: Tensor, modes: tuple[int, ...], ranks: list[int], iterations: int, tolerance: float) -> Tucker:
     """Return the decomposition in the dtype of `work`."""
     scale = safe_scale(work)
     work = work if scale == 1 else work / scale
     total = squared_norm(work)
-    factors, sweeps, converged = _hosvd(work, modes, ranks), 0, True
-    # With one mode truncated, its leading eigenvectors are already the best.
-    if iterations and sum(rank < work.shape[mode] for mode, rank in zip(modes, ranks, strict=True)) > 1:
-        factors, sweeps, converged = _hooi(work, modes, factors, total, iterations, tolerance)
-    factors = [fix_signs(factor, factor.T)[0] for factor in factors]
-    core = _project(work, modes, factors)
-    tail = total - squared_norm(core)
-    found = Tucker(core, tuple(factors), modes, 0.0, sweeps, converged)
-    error = relative(tail, total) if tail > CANCELLED * total else relative_difference(work, found.to_dense())
-    return replace(found, core=core.contiguous() * scale, error=error)
+    layout = _layout(work, modes, ranks)
+    arranged = work.permute(layout).contiguous()
+    sizes = {layout.index(mode): rank for mode, rank in zip(modes, ranks, strict=True) if rank < work.shape[mode]}
+    if iterations and len(sizes) > 1:  # with one mode truncated, its leading eigenvectors are already the best
+        fit = _hooi(arranged, _start(arranged, sizes, total), total, iterations, tolerance)
+    else:
+        fit = _hosvd(arranged, sizes)
+    kept, core = {}, fit.core
+    for axis, basis in fit.bases.items():
+        kept[axis], rows = fix_signs(_polished(basis.kept), unfold(core, axis))
+        core = fold(rows, axis, core.shape)
+    core = core.permute(*(layout.index(mode) for mode in range(work.ndim))).contiguous()
+    eye = partial(torch.eye, dtype=work.dtype, device=work.device)
+    factors = tuple(kept[axis] if (axis := layout.index(mode)) in kept else eye(work.shape[mode]) for mode in modes)
+    found = Tucker(core, factors, modes, fit.error(total), fit.sweeps, fit.converged)
+    if found.error**2 <= CANCELLED:
+        found = replace(found, error=relative_difference(work, found.to_dense()))
+    return replace(found, core=core * scale)
 
 
-def _leading(gram: Float[Tensor, "dim dim"], rank: int) -> tuple[Float[Tensor, "dim rank"], float]:
+def _layout(work: Tensor, modes: tuple[int, ...], ranks: list[int]) -> list[int]:
+    """Return the order of the modes that puts a truncated one at each end, where products need no copy."""
+    truncated = [mode for mode, rank in zip(modes, ranks, strict=True) if rank < work.shape[mode]]
+    first, last = truncated[:1], truncated[1:][-1:]
+    return [*first, *(mode for mode in range(work.ndim) if mode not in (*first, *last)), *last]
+
+
+def _leading(gram: Float[Tensor, "dim dim"], rank: int) -> tuple[_Basis, float]:
     """Return the leading eigenvectors of a Gram matrix, in descending order, and the energy they capture."""
     values, vectors = torch.linalg.eigh(gram)
-    leading = torch.flip(vectors[:, -rank:], (1,))
-    if leading.dtype != torch.float64:  # orthonormal to float32 only: one Newton-Schulz step squares that error
-        leading = 1.5 * leading - 0.5 * leading @ (leading.T @ leading)
-    return leading, float(values[-rank:].double().sum())
+    basis = _Basis(torch.flip(vectors[:, -rank:], (1,)), vectors[:, :-rank].contiguous())
+    return basis, float(values[-rank:].double().sum())
 
 
-def _project(tensor: Tensor, modes: Sequence[int], factors: Sequence[Tensor]) -> Tensor:
-    """Return the tensor multiplied in each mode by the transpose of its factor."""
-    for mode, factor in zip(modes, factors, strict=True):
-        tensor = mode_product(tensor, factor.T, mode)
+def _turned(gram: Float[Tensor, "dim dim"], basis: _Basis) -> tuple[_Basis, float]:
+    """Turn a basis that is close to the leading eigenvectors of a Gram matrix closer to them, and return their energy.
+
+    Every pair of a kept and another direction is turned by its Jacobi angle, all pairs at once; the error of the
+    subspace is squared, by matrix products alone. Where that captures less than before, the eigenvectors are computed.
+    """
+    image = gram @ basis.kept
+    energies = (basis.kept * image).sum(0)
+    gaps = energies - (basis.rest * (gram @ basis.rest)).sum(0)[:, None]
+    half = basis.rest.T @ image
+    gaps = gaps.clamp_min(0) / 2
+    turn = half / (gaps + torch.hypot(gaps, half)).clamp_min(torch.finfo(half.dtype).tiny)  # tangents, at most 1
+    kept = _orthonormal(basis.kept + basis.rest @ turn)
+    before, captured = (float(x.double().sum()) for x in (energies, kept * (gram @ kept)))
+    if captured < before * (1 - torch.finfo(gram.dtype).eps):
+        return _leading(gram, kept.shape[1])
+    return _Basis(kept, _orthonormal(basis.rest - basis.kept @ turn.T)), captured
+
+
+def _orthonormal(columns: Float[Tensor, "dim rank"]) -> Float[Tensor, "dim rank"]:
+    """Return an orthonormal basis of the span of well-conditioned columns, by Cholesky."""
+    upper = torch.linalg.cholesky(columns.T @ columns).mT
+    basis: Tensor = torch.linalg.solve_triangular(upper, columns, upper=True, left=False)
+    return basis
+
+
+def _polished(basis: Float[Tensor, "dim rank"]) -> Float[Tensor, "dim rank"]:
+    """Return columns that are orthonormal to rounding: one Newton-Schulz step squares the error."""
+    return 1.5 * basis - 0.5 * basis @ (basis.T @ basis)
+
+
+def _project(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """Return the tensor multiplied in each axis by the transpose of its factor."""
+    for axis, factor in kept.items():
+        tensor = mode_product(tensor, factor.T, axis)
     return tensor
 
 
-def _hosvd(work: Tensor, modes: tuple[int, ...], ranks: list[int]) -> list[Tensor]:
-    """Return the factors of the sequentially truncated HOSVD, the strongest reductions first."""
-    factors: dict[int, Tensor] = {}
-    for mode, rank in sorted(zip(modes, ranks, strict=True), key=lambda pair: pair[1] / work.shape[pair[0]]):
-        if rank == work.shape[mode]:
-            factors[mode] = torch.eye(rank, dtype=work.dtype, device=work.device)
-            continue
-        factors[mode] = _leading(mode_gram(work, mode), rank)[0]
-        work = mode_product(work, factors[mode].T, mode)
-    return [factors[mode] for mode in modes]
+def _start(work: Tensor, sizes: Mapping[int, int], total: float) -> dict[int, _Basis]:
+    """Return where sweeps begin: the HOSVD, in float32 where that resolves its error."""
+    rough = _hosvd(work.float(), sizes)
+    if work.dtype == torch.float64 and rough.error(total) < TRUSTED:
+        rough = _hosvd(work, sizes)
+    return {axis: _Basis(basis.kept.to(work), basis.rest.to(work)) for axis, basis in rough.bases.items()}
 
 
-def _ends(work: Tensor, first: int, last: int) -> Tensor:
-    """Return a copy with one mode first and another last, the rest in their order between them."""
-    middle = [mode for mode in range(work.ndim) if mode not in (first, last)]
-    return work.permute(first, *middle, last).contiguous()
+def _hosvd(work: Tensor, sizes: Mapping[int, int]) -> _Fit:
+    """Return the sequentially truncated HOSVD, the strongest reduction first."""
+    bases = {}
+    for axis in sorted(sizes, key=lambda axis: sizes[axis] / work.shape[axis]):
+        bases[axis], _ = _leading(mode_gram(work, axis), sizes[axis])
+        work = _project(work, {axis: bases[axis].kept})
+    return _Fit(bases, work)
 
 
-def _hooi(
-    work: Tensor, modes: tuple[int, ...], factors: list[Tensor], total: float, iterations: int, tolerance: float
-) -> tuple[list[Tensor], int, bool]:
-    """Return the improved factors, the sweeps done, and whether the error had settled."""
-    factors = list(factors)
-    truncated = [k for k, factor in enumerate(factors) if factor.shape[0] > factor.shape[1]]
-    # Mode k first and another truncated mode last: the product with the latter gives the unfolding without a copy.
-    last = {k: truncated[0] if k != truncated[0] else truncated[1] for k in truncated}
-    copies = {k: _ends(work, modes[k], modes[last[k]]) for k in truncated}
-    error = captured = math.inf
+def _hooi(work: Tensor, bases: dict[int, _Basis], total: float, iterations: int, tolerance: float) -> _Fit:
+    """Return the bases improved by sweeps over the modes, each against the tensor projected on all others."""
+    last, error = list(bases)[-1], math.inf
     for sweep in range(1, iterations + 1):
-        for k in truncated:
-            projected = copies[k] @ factors[last[k]]
-            for j in truncated:
-                if j not in (k, last[k]):
-                    axis = 1 + sum(m not in (modes[k], modes[last[k]]) for m in range(modes[j]))
-                    projected = mode_product(projected, factors[j].T, axis)
-            factors[k], captured = _leading(mode_gram(projected, 0), factors[k].shape[1])
+        for axis, basis in bases.items():
+            projected = _project(work, {other: found.kept for other, found in bases.items() if other != axis})
+            gram = mode_gram(projected, axis)
+            # the HOSVD has seen all other modes truncated in the last one only: its other bases are far off
+            far = sweep == 1 and axis != last
+            bases[axis], captured = _leading(gram, basis.kept.shape[1]) if far else _turned(gram, basis)
         before, error = error, relative(total - captured, total)
         if before - error < tolerance:
-            return factors, sweep, True
-    return factors, iterations, False
+            break
+    core = _project(projected, {last: bases[last].kept})
+    return _Fit(bases, core, sweep, before - error < tolerance)

@@ -93,6 +93,8 @@ def unfold(tensor: Tensor, mode: int) -> Float[Tensor, "dim rest"]:
         >>> tuple(unfold(torch.zeros(2, 3, 4), 1).shape)
         (3, 8)
     """
+    if mode % tensor.ndim == tensor.ndim - 1:
+        return tensor.reshape(-1, tensor.shape[mode]).T  # a view, where moving the mode would copy
     return tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
 
 
@@ -121,6 +123,8 @@ def mode_product(tensor: Tensor, matrix: Float[Tensor, "new old"], mode: int) ->
         (2, 5, 4)
     """
     mode %= tensor.ndim
+    if mode == tensor.ndim - 1:
+        return tensor @ matrix.T
     shape = [*tensor.shape[:mode], matrix.shape[0], *tensor.shape[mode + 1 :]]
     return fold(matrix @ unfold(tensor, mode), mode, shape)
 

@@ -14,6 +14,10 @@ from scipy.sparse import csr_matrix
 from rankfold.errors import BudgetError
 
 Floats = NDArray[np.float64]
+ROUNDS = 200  # linear programs at most for the dual
+SETTLED = 1e-8  # part of the bound below which the dual has no more to gain
+TIED = 1e-9  # of the highest price of a group: what two equal prices may differ by
+DEPTH = 2  # groups that are pinned one after the other
 STRICT = 1e4  # the solver's absolute tolerance of 1e-6 becomes 1e-10 of a limit
 ROOM = 1 + 1e-12  # for rounding in a sum of costs
 
@@ -52,7 +56,7 @@ def allocate(
     limits: int | float | Sequence[float] | NDArray[np.number],
     *,
     gap: float = 1e-4,
-    seconds: float = 10.0,
+    nodes: int = 10_000,
 ) -> Allocation:
     """Choose one item per group: least sum of damages within one or several limits on the sums of costs.
 
@@ -65,8 +69,8 @@ def allocate(
         damages: per group (items,), not negative.
         limits: one number, or one per column of the costs.
         gap: relative gap at which the search may end; the least of all is found with 1e-9.
-        seconds: time after which the search ends with the best choice found and its proven gap. Where the limit is
-            reached the result can depend on the machine.
+        nodes: size of the search tree at which the search ends with the best choice found and its proven gap: a
+            limit that, unlike one on time, gives the same result on every machine.
 
     Returns:
         The chosen indices with their damage, costs and proven gap.
@@ -87,10 +91,10 @@ def allocate(
     bounds = np.atleast_1d(np.asarray(limits, dtype=np.float64))
     groups = _groups(costs, damages, bounds)
     multipliers, bound = _dual(groups)
-    choice = _repair(groups, _relaxed(groups, multipliers)[0])
+    choice = _rounded(groups, multipliers)
     found = math.inf if choice is None else _damage(groups, choice)
     if found - bound > gap * max(found, 1e-300):
-        better, proven = _program(groups, multipliers, found, gap, seconds)
+        better, proven = _program(groups, multipliers, found, gap, nodes)
         if better is not None and _damage(groups, better) < found:
             choice, found = better, _damage(groups, better)
         bound = max(bound, proven)
@@ -166,14 +170,50 @@ def _relaxed(groups: list[_Group], multipliers: Floats) -> tuple[list[int], Floa
 
 
 def _dual(groups: list[_Group]) -> tuple[Floats, float]:
-    """Return the multipliers of the linear relaxation, which maximise the Lagrangian bound, and that bound."""
+    """Return the multipliers of the linear relaxation, which maximise the Lagrangian bound, and that bound.
+
+    Column generation (Dantzig and Wolfe 1960): a linear program over few items of each group prices the costs, the
+    items that are best at these prices join, until none is new. Few ever matter: those on the hull near the optimum.
+    """
+    columns = [_seeds(group) for group in groups]
+    best, bound = np.zeros(groups[0].costs.shape[1]), -math.inf
+    for _ in range(ROUNDS):
+        solved = _linear_program([_only(group, sorted(kept)) for group, kept in zip(groups, columns, strict=True)])
+        if solved is None:  # too few items for all limits at once
+            columns = [set(range(len(group.damages))) for group in groups]
+            solved = _linear_program(groups)
+        multipliers, value = solved or (best, -math.inf)
+        choice, _, proven = _relaxed(groups, multipliers)
+        if proven > bound:
+            best, bound = multipliers, proven
+        fresh = [i for i, kept in zip(choice, columns, strict=True) if i not in kept]
+        if not fresh or value - bound <= SETTLED * abs(value):
+            break
+        for i, kept in zip(choice, columns, strict=True):
+            kept.add(i)
+    return best, bound
+
+
+def _seeds(group: _Group) -> set[int]:
+    """Return the items of least damage, of least cost for each limit, and of least cost for all together."""
+    costs = group.costs
+    return {int(i) for i in (group.damages.argmin(), *costs.argmin(axis=0), costs.sum(axis=1).argmin())}
+
+
+def _only(group: _Group, kept: Sequence[int] | NDArray[np.intp]) -> _Group:
+    """Return a group of some items; their positions are those in the group."""
+    positions = np.asarray(kept, dtype=np.intp)
+    return _Group(positions, group.costs[positions], group.damages[positions])
+
+
+def _linear_program(groups: list[_Group]) -> tuple[Floats, float] | None:
+    """Return the multipliers and the value of the linear relaxation; None where it has no solution."""
     harm, table, one_each, unit = _rows(groups)
     limits = np.ones(table.shape[1])
     result = linprog(
         harm / unit, A_ub=csr_matrix(table.T), b_ub=limits, A_eq=one_each, b_eq=np.ones(len(groups)), bounds=(0, None)
     )
-    multipliers = np.zeros(table.shape[1]) if result.x is None else np.maximum(-result.ineqlin.marginals, 0) * unit
-    return multipliers, _relaxed(groups, multipliers)[2]
+    return None if result.x is None else (np.maximum(-result.ineqlin.marginals, 0) * unit, result.fun * unit)
 
 
 def _rows(groups: list[_Group]) -> tuple[Floats, Floats, csr_matrix, float]:
@@ -186,6 +226,36 @@ def _rows(groups: list[_Group]) -> tuple[Floats, Floats, csr_matrix, float]:
 
 def _total(groups: list[_Group], choice: Sequence[int]) -> Floats:
     return np.asarray(np.sum([group.costs[i] for group, i in zip(groups, choice, strict=True)], axis=0))
+
+
+def _rounded(groups: list[_Group], multipliers: Floats, depth: int = DEPTH) -> list[int] | None:
+    """Return a choice within the limits near the linear relaxation, with a damage close to it where steps are small.
+
+    Next to the relaxed choice, repaired, the group that the relaxation splits between the most distant items is
+    pinned to either of them, and the other groups are relaxed and rounded anew around it.
+    """
+    best = _repair(groups, _relaxed(groups, multipliers)[0])
+    ends = [_ends(group, multipliers) for group in groups]
+    jumps = [float(np.ptp(group.costs[list(pair)], axis=0).max()) for group, pair in zip(groups, ends, strict=True)]
+    split = int(np.argmax(jumps))
+    for item in ends[split] if depth and jumps[split] > 0 else ():
+        pinned = [_only(group, [item]) if g == split else group for g, group in enumerate(groups)]
+        around, bound = _dual(pinned)
+        if best is not None and bound >= _damage(groups, best):
+            continue
+        choice = _rounded(pinned, around, depth - 1)
+        choice = choice and [item if g == split else i for g, i in enumerate(choice)]
+        if choice and (best is None or _damage(groups, choice) < _damage(groups, best)):
+            best = choice
+    return best
+
+
+def _ends(group: _Group, multipliers: Floats) -> tuple[int, int]:
+    """Return the cheapest and the most expensive of the items with the least price."""
+    price = group.damages + group.costs @ multipliers
+    tied = np.flatnonzero(price <= price.min() + TIED * price.max())
+    costs = group.costs[tied].sum(axis=1)
+    return int(tied[costs.argmin()]), int(tied[costs.argmax()])
 
 
 def _repair(groups: list[_Group], choice: list[int]) -> list[int] | None:
@@ -224,7 +294,7 @@ def _best_step(groups: list[_Group], choice: list[int], cost: Floats, *, down: b
 
 
 def _program(
-    groups: list[_Group], multipliers: Floats, found: float, gap: float, seconds: float
+    groups: list[_Group], multipliers: Floats, found: float, gap: float, nodes: int
 ) -> tuple[list[int] | None, float]:
     """Return the choice of the mixed-integer program and the lower bound it proved, in units of damage.
 
@@ -234,8 +304,7 @@ def _program(
     fewer = []
     for group in groups:
         price = group.damages + group.costs @ multipliers
-        kept = np.flatnonzero(bound + price - price.min() <= found * (1 + 1e-9))
-        fewer.append(_Group(kept, group.costs[kept], group.damages[kept]))
+        fewer.append(_only(group, np.flatnonzero(bound + price - price.min() <= found * (1 + 1e-9))))
     harm, table, one_each, unit = _rows(fewer)
     result = milp(
         harm / unit,
@@ -245,7 +314,7 @@ def _program(
             LinearConstraint(one_each, 1, 1),
             LinearConstraint(csr_matrix(table.T * STRICT), -np.inf, STRICT),
         ],
-        options={"mip_rel_gap": gap / 2, "time_limit": seconds},
+        options={"mip_rel_gap": gap / 2, "node_limit": nodes},
     )
     proven = result.mip_dual_bound * unit if result.get("mip_dual_bound") is not None else -math.inf
     if result.x is None:
