@@ -41,6 +41,8 @@ def form_name(form):
 
 
 FORM_IDS = [form_name(form) for form in FORMS]
+CONVOLUTIONS = [form for form in FORMS if form[0].dense_type in AXES]
+BIASED = [form for form in FORMS if form[0].dense_type is not nn.Embedding]
 
 
 def example_of(dense_type, **changes):

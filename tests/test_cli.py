@@ -18,12 +18,18 @@ from rankfold.stats import Stats, measure
 from rankfold.store import load, read_plan
 
 SHOP = """
+import os
+
 import torch
 from torch import nn
 
 def model():
     torch.manual_seed(1)
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 20), nn.Linear(20, 5))
+
+def noisy():
+    os.write(1, b"a compiled library says hello")
+    return model()
 
 def tokens():
     return nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 4))
@@ -340,6 +346,13 @@ def test_as_a_program():
     bad = subprocess.run([*words, "measure", "shop:broken", *SIZES], capture_output=True, text=True)
     assert bad.returncode == 2
     assert bad.stderr == "error: shop:broken failed: KeyError: 'no such thing'\n"
+
+
+def test_json_is_all_there_is_on_standard_output():
+    words = [sys.executable, "-m", "rankfold", "measure", "shop:noisy", *SIZES, "--json"]
+    out = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert Stats.from_json(out.stdout).params
+    assert "says hello" in out.stderr
 
 
 def test_version():

@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from cases import FORM_IDS, FORMS, PADDING_MODES, dense_layers, example_of, part_of, small_rank
+from cases import (
+    CONVOLUTIONS,
+    FORM_IDS,
+    FORMS,
+    PADDING_MODES,
+    dense_layers,
+    example_of,
+    form_name,
+    part_of,
+    small_rank,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from rankfold import layers
 
@@ -14,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Using padding='same' with even kernel"
 )  # torch's own, of the dense layer
 forms = pytest.mark.parametrize(("layer", "options"), FORMS, ids=FORM_IDS)
+convolutions = pytest.mark.parametrize(("layer", "options"), CONVOLUTIONS, ids=map(form_name, CONVOLUTIONS))
 
 
 def relative(actual, expected):
@@ -56,11 +66,9 @@ def test_any_rank_is_the_dense_layer_of_its_weight(layer, options, data):
     torch.testing.assert_close(built.squared_norm(), built.weight.square().sum())
 
 
-@forms
+@convolutions
 @pytest.mark.parametrize("mode", PADDING_MODES)
 def test_borders_and_corners_are_padded_as_by_the_dense_layer(layer, options, mode):
-    if layer.dense_type in (nn.Linear, nn.Embedding):
-        pytest.skip("pads nothing")
     padding = (3, 2, 1)[: len(example_of(layer.dense_type)[0].kernel_size)]
     dense, x = example_of(layer.dense_type, padding=padding, padding_mode=mode, dtype=torch.float64, stride=1)
     built = layer.from_dense(dense, rank=layer.full_rank(dense, **options), **options)
@@ -70,10 +78,8 @@ def test_borders_and_corners_are_padded_as_by_the_dense_layer(layer, options, mo
     assert float(corner) < 1e-12
 
 
-@forms
+@convolutions
 def test_depthwise_layers_are_exact_where_they_have_variants(layer, options):
-    if layer.dense_type in (nn.Linear, nn.Embedding):
-        pytest.skip("no groups")
     dense, x = example_of(layer.dense_type, out_channels=8, groups=8, dtype=torch.float64)
     built = layer.from_dense(dense, rank=layer.full_rank(dense, **options), **options)
     torch.testing.assert_close(built(x), dense(x))

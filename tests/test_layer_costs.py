@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import FORM_IDS, FORMS, dense_layers, example_of, part_of, small_rank
+from cases import CONVOLUTIONS, FORM_IDS, FORMS, dense_layers, example_of, form_name, part_of, small_rank
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -14,6 +14,8 @@ from rankfold import layers
 from rankfold.layers import Call, Cost
 
 few = settings(max_examples=8, deadline=None, derandomize=True)
+# tensor trains merge their cores once a call, in an order planned for the batch: see test_tt_layers.py
+CHAINS = [form for form in FORMS if form[0].method != "tt"]
 forms = pytest.mark.parametrize(("layer", "options"), FORMS, ids=FORM_IDS)
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Using padding='same' with even kernel"
@@ -30,12 +32,10 @@ def params(module):
     return sum(p.numel() for p in module.parameters())
 
 
-@forms
+@pytest.mark.parametrize(("layer", "options"), CHAINS, ids=map(form_name, CHAINS))
 @given(data=st.data(), share=st.floats(0, 1))
 @few
 def test_costs_are_those_of_the_built_layer(layer, options, data, share):
-    if layer.method == "tt":
-        pytest.skip("merges its cores once a call, in an order planned for the batch: see test_tt_layers.py")
     dense, x = data.draw(dense_layers(layer.dense_type))
     if x.ndim == 1 or (hasattr(dense, "kernel_size") and x.ndim == len(dense.kernel_size) + 1):
         x = x[None]  # the counter takes the first axis of an input without a batch for one
@@ -50,10 +50,8 @@ def test_costs_are_those_of_the_built_layer(layer, options, data, share):
     assert layers.dense_cost(dense, [call]) == Cost(params(dense), macs)
 
 
-@forms
+@pytest.mark.parametrize(("layer", "options"), CONVOLUTIONS, ids=map(form_name, CONVOLUTIONS))
 def test_a_call_without_a_batch_costs_as_a_batch_of_one(layer, options):
-    if layer.dense_type in (nn.Linear, nn.Embedding):
-        pytest.skip("knows no batch")
     dense, x = example_of(layer.dense_type)
     rank = small_rank(layer, dense, options)
     costs = [
@@ -122,22 +120,6 @@ def test_shapes_are_enough_to_plan(layer, options):
     assert layer.rank_grid(meta, **options) == grid
     assert layer.variants(meta) == layer.variants(real)
     assert layer.full_rank(meta, **options) == layer.full_rank(real, **options)
-
-
-EXACT = [(layer, options) for layer, options in FORMS if layer.method == "svd"]
-
-
-@pytest.mark.parametrize(
-    ("layer", "options"), EXACT, ids=[i for i, f in zip(FORM_IDS, FORMS, strict=True) if f in EXACT]
-)
-def test_predicted_errors_of_the_svd_are_the_errors(layer, options):
-    dense, _ = example_of(layer.dense_type, dtype=torch.float64)
-    full = layer.full_rank(dense, **options)
-    ranks = [*range(full, 0, -2)]
-    for rank, predicted in zip(ranks, layer.errors(dense, ranks, **options), strict=True):
-        built = layer.from_dense(dense, rank=rank, **options)
-        actual = float((built.weight - dense.weight).norm().detach() / dense.weight.norm().detach())
-        assert actual == pytest.approx(predicted, rel=1e-6, abs=1e-7)
 
 
 @forms

@@ -4,11 +4,16 @@ import math
 
 import pytest
 import torch
-from cases import AXES, FORM_IDS, FORMS, part_of
+from cases import AXES, FORM_IDS, FORMS, dense_layers, part_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from rankfold import layers
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Using padding='same' with even kernel"
+)  # torch's own, of the dense layer
 forms = pytest.mark.parametrize(("layer", "options"), FORMS, ids=FORM_IDS)
 DRAWS = 16
 SHARES = {"smallest": 0.0, "half": 0.5, "full": 1.0}
@@ -29,14 +34,14 @@ def sample(dense):
     return torch.randn(size)
 
 
-def mean_square(layer, x):
+def mean_square(layer, x, draws=DRAWS):
     """The mean square of the output over fresh weights."""
     total = 0.0
     with torch.no_grad():
-        for _ in range(DRAWS):
+        for _ in range(draws):
             layer.reset_parameters()
             total += float(layer(x).square().mean())
-    return total / DRAWS
+    return total / draws
 
 
 @forms
@@ -62,6 +67,60 @@ def test_activations_inside_stay_near_one(layer, options, share):
     built(sample(dense))
     assert len(seen) == len(stages)
     assert all(0.1 < size < 3 for size in seen), seen
+
+
+EXTREME = {
+    "one to one": nn.Linear(1, 1),
+    "narrow": nn.Linear(512, 3),
+    "wide": nn.Linear(3, 512),
+    "primes": nn.Linear(97, 101, bias=False),
+    "pointwise": nn.Conv2d(16, 32, 1),
+    "stem": nn.Conv2d(3, 64, 7, stride=2),
+    "groups": nn.Conv2d(16, 16, 3, groups=4),
+    "depthwise": nn.Conv2d(16, 16, 3, groups=16),
+    "one axis": nn.Conv2d(13, 17, (1, 5)),
+    "primes in time": nn.Conv1d(7, 11, 9),
+    "space": nn.Conv3d(5, 7, 3),
+    "table of primes": nn.Embedding(1009, 13),
+    "short table": nn.Embedding(7, 64),
+    "padded table": nn.Embedding(50, 16, padding_idx=3),
+}
+
+
+@pytest.mark.parametrize("case", EXTREME)
+def test_output_variance_at_extreme_shapes_and_ranks(case):
+    dense = EXTREME[case]
+    x = extreme_sample(dense)
+    expected = mean_square(dense, x, draws=40)
+    for layer, options in FORMS:
+        if layer.dense_type is type(dense):
+            full = layer.full_rank(dense, **options)
+            for rank in {part_of(full, 0), full}:
+                built = layer.like(dense, rank=rank, **options)
+                assert mean_square(built, x, draws=40) == pytest.approx(expected, rel=0.2), (layer, options, rank)
+
+
+def extreme_sample(dense):
+    if isinstance(dense, nn.Embedding):
+        return torch.arange(dense.num_embeddings)
+    if isinstance(dense, nn.Linear):
+        return torch.randn(512, dense.in_features)
+    return torch.randn(4, dense.in_channels, *(12,) * AXES[type(dense)])
+
+
+@forms
+@given(data=st.data(), share=st.floats(0, 1))
+@settings(max_examples=8, deadline=None, derandomize=True)
+def test_every_draw_has_the_norm_that_gives_this_variance(layer, options, data, share):
+    """White input gives the output variance ||weight||² / out, which is 1/3 in a fresh dense layer, 1 of a table."""
+    dense, _ = data.draw(dense_layers(layer.dense_type))
+    rank = part_of(layer.full_rank(dense, **options), share)
+    built = layer.like(dense, rank=rank, seed=data.draw(st.integers(0, 100)), **options)
+    rows, *fan_in = dense.weight.shape
+    expected = rows / 3
+    if layer.dense_type is nn.Embedding:
+        expected = (rows - (dense.padding_idx is not None)) * math.prod(fan_in)
+    assert float(built.weight.detach().square().sum()) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_bias_is_torchs():

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "rankfold"
 STOREY = {
     **dict.fromkeys(["errors", "_typing", "_atomic"], -2),
-    **dict.fromkeys(["_batches", "_progress", "_tensorfile"], -1),
+    **dict.fromkeys(["_batches", "_modes", "_progress", "_tensorfile"], -1),
     **dict.fromkeys(["decompose", "ranks", "spectrum"], 0),
     **dict.fromkeys(["layers", "runtimes"], 1),
     **dict.fromkeys(["latency", "stats", "planning", "surgery", "pipeline", "train"], 2),

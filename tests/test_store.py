@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import FORM_IDS, FORMS, dense_layers, part_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -98,6 +99,22 @@ def test_every_layer_and_method_comes_back(kind, method, path):
             assert loaded[0].options == small[0].options
             assert_same(loaded, small)
             assert_close(loaded(x), small(x), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's own, of the dense layer
+@pytest.mark.parametrize(("layer", "options"), FORMS, ids=FORM_IDS)
+@given(data=st.data(), share=st.floats(0, 1))
+@settings(max_examples=5, deadline=None, derandomize=True)
+def test_any_layer_at_any_rank_gives_the_same_outputs(layer, options, data, share, tmp_path_factory):
+    dense, x = data.draw(dense_layers(layer.dense_type, torch.float32))
+    rank = part_of(layer.full_rank(dense, **options), share)
+    plan = Plan({"": Choice(layer.method, rank=rank, options=options)})
+    small = apply(dense, plan)
+    file = tmp_path_factory.mktemp("any") / "small.safetensors"
+    save(small, plan, file)
+    loaded = load(file, dense)
+    assert_same(loaded, small)
+    assert_close(loaded(x), small(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)

@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from rankfold._modes import evaluating
 from rankfold._progress import track
 from rankfold.errors import RankfoldError, StoreError
 from rankfold.latency import Latency, time_models, using_threads
@@ -23,7 +24,6 @@ from rankfold.pipeline import compress
 from rankfold.planning import Budget, Plan
 from rankfold.plots import plot_report
 from rankfold.reports import report
-from rankfold.runtimes import evaluating
 from rankfold.stats import measure
 from rankfold.store import load, save
 from rankfold.train import Recipe, fit, reestimate_batchnorm
@@ -41,8 +41,8 @@ BATCH = 64
 HEADS = ("method", "params", "MACs", "one\nshot", "batch\nnorm", "tuned", "ms", "speed-up")
 LEGEND = (
     "One shot: right after compression. Batch norm: statistics estimated anew. Tuned: trained with the "
-    f"dense network as the teacher. Milliseconds for {BATCH} images; speed-up over dense with quartiles, one thread, timed "
-    "side by side."
+    f"dense network as the teacher. Milliseconds for {BATCH} images; speed-up over dense with quartiles, one thread, "
+    "timed side by side."
 )
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from rankfold._atomic import atomic_path
 from rankfold._batches import device_of, example_arguments, to_device
+from rankfold._modes import evaluating
 from rankfold.errors import ExportError
-from rankfold.runtimes import Run, eager, evaluating, onnx_bytes, onnx_run, quiet_export, tensors_in
+from rankfold.runtimes import Run, eager, onnx_bytes, onnx_run, quiet_export, tensors_in
 
 Write: TypeAlias = Callable[[nn.Module, Any], bytes]
 Load: TypeAlias = Callable[[str, Any], Run]

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from rankfold._batches import device_of
+from rankfold._modes import evaluating
 from rankfold.errors import DataError
-from rankfold.runtimes import Run, Runtime, evaluating, runtime_of
+from rankfold.runtimes import Run, Runtime, runtime_of
 
 LEAST_ROUNDS = 5
 WARM_UP_CALLS = 3

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from rankfold._atomic import atomic_path
 from rankfold._batches import device_of
+from rankfold._modes import evaluating
 from rankfold.errors import LayerError, PlanError, RankfoldError
 from rankfold.latency import Latency, time_models
 from rankfold.layers import is_factorised, stock_twin
 from rankfold.planning import Choice, Plan
-from rankfold.runtimes import Runtime, evaluating
+from rankfold.runtimes import Runtime
 from rankfold.stats import Stats, count_params, measure
 
 WIDTH = 120

@@ -37,19 +37,6 @@ def quiet_export() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models into eval mode for the length of a block, then give every module its own mode back."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def tensors_in(value: Any) -> list[Tensor]:
     """Return the tensors inside nested tuples, lists and mappings, in order."""
     if isinstance(value, Tensor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankfold._batches import Arguments, batch_arguments, device_of, example_arguments, to_device
+from rankfold._modes import evaluating
 from rankfold.errors import DataError, LayerError, PlanError
-from rankfold.layers import Call, dense_cost, factorisable, is_factorised
+from rankfold.layers import Call, TiedHead, dense_cost, factorisable, is_factorised
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,14 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield name and module of every layer that a plan must name, in the order of `named_modules`.
 
     A module that is registered under several names is yielded once, under its first name. The inside of
-    a factorised layer and of an `nn.MultiheadAttention` belongs to that layer and is not visited.
+    a factorised layer and of an `nn.MultiheadAttention` belongs to that layer and is not visited; that of a
+    `TiedHead` belongs to its embedding.
     """
     yield from _walk("", model, set())
 
 
 def _walk(name: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    if id(module) in seen:
+    if id(module) in seen or isinstance(module, TiedHead):
         return
     seen.add(id(module))
     found = is_factorised(module) or factorisable(module)
@@ -145,15 +148,17 @@ def measure(model: nn.Module, loader: Iterable[Any] | None = None, *, example: A
     layers = dict(walk(model))
     calls: dict[str, list[Call]] = {name: [] for name in layers}
     counter = FlopCounterMode(display=False)
-    with ExitStack() as stack:
-        stack.enter_context(_left_alone(model))
+    with _left_alone(model):
         args, kwargs = to_device(_arguments(loader, example), device_of(model))
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(_recorder(calls[name]), with_kwargs=True).remove)
-        stack.enter_context(counter)
-        model(*args, **kwargs)
-    batch_size = _batch_size((args, kwargs))
-    measured = {name: _layer_stats(layer, tuple(calls[name]), batch_size) for name, layer in layers.items()}
+        with ExitStack() as stack:
+            for name, layer in layers.items():
+                stack.callback(layer.register_forward_hook(_recorder(calls[name]), with_kwargs=True).remove)
+            stack.enter_context(_uncompiled())
+            stack.enter_context(counter)
+            model(*args, **kwargs)
+        batch_size = _batch_size((args, kwargs))
+        # Still in eval mode: in train mode a spectral norm takes a step whenever the weight is read.
+        measured = {name: _layer_stats(layer, tuple(calls[name]), batch_size) for name, layer in layers.items()}
     macs = max(counter.get_total_flops() // 2 // batch_size, sum(layer.macs for layer in measured.values()))
     return Stats(measured, count_params(model), macs, batch_size)
 
@@ -183,7 +188,6 @@ def _arguments(loader: Iterable[Any] | None, example: Any) -> Arguments:
 @contextmanager
 def _left_alone(model: nn.Module) -> Iterator[None]:
     """Run in eval mode without gradients; give back flags, buffers and random state as they were."""
-    flags = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, key, buffer, buffer.clone())
         for module in model.modules()
@@ -193,18 +197,24 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
     device = device_of(model)
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            model.eval()
+        with evaluating(model), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             # The fused path of the transformer layers reads weights without calling the layers that hold them.
             torch.backends.mha.set_fastpath_enabled(False)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-        for module, training in flags:
-            module.training = training
         with torch.no_grad():
             for module, key, buffer, before in buffers:
                 module._buffers[key] = buffer.copy_(before)
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Call what `torch.compile` returned as it was before: hooks see every layer, and nothing is compiled."""
+    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+        # about the hooks of the counter, which do no harm to a model that runs eagerly
+        warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
+        yield
 
 
 def _recorder(calls: list[Call]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from rankfold.errors import LayerError, PlanError, RankfoldError
-from rankfold.layers import FactorisedLayer, is_factorised, layer_class, refusal, stock_twin
+from rankfold.layers import (
+    FactorisedLayer,
+    LowRankEmbedding,
+    TiedHead,
+    is_factorised,
+    layer_class,
+    refusal,
+    stock_twin,
+)
 from rankfold.planning import Choice, Plan, layer_seed, near, run, structural_refusals
 from rankfold.stats import walk
 
 Init = Literal["decompose", "random"]
+
+# The fused inference path reads `linear1.weight`, which a factorised layer rebuilds at every read: right but slow.
+# Where one is inside, these flags are switched off.
+FUSED: Mapping[type[nn.Module], tuple[str, Any]] = MappingProxyType(
+    {nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0), nn.TransformerEncoder: ("use_nested_tensor", False)}
+)
+FUSED_BEFORE = "_fused_before_factorising"
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +67,7 @@ def apply(
 
     Raises:
         PlanError: the plan doesn't fit the model.
-        LayerError: a weight can't be decomposed, or the model can't be copied.
+        LayerError: a weight can't be decomposed, or the model can't be copied together with its new layers.
 
     Example:
         >>> import torch, rankfold
@@ -63,15 +80,19 @@ def apply(
         raise PlanError(f"init={init!r} is neither 'decompose' nor 'random'")
     layers = dict(walk(model))
     jobs = _checked(model, layers, plan, init, seed)
+    _refuse_captured(model, {id(layers[job.name]) for job in jobs})
     built = run(_build, jobs, executor=executor, description="Building layers")
-    copied = _copy_with(model, {id(layers[job.name]): new for job, new in zip(jobs, built, strict=True)})
-    for module in copied.modules():
-        _switch_off_fused_path(module)
-    return copied
+    return _copy_with(model, {id(layers[job.name]): new for job, new in zip(jobs, built, strict=True)})
 
 
 def densify(model: nn.Module) -> nn.Module:
     """Return a new model in which every factorised layer is the stock layer that computes the same function.
+
+    The head of a low-rank embedding (`LowRankEmbedding.tied_head`) becomes an `nn.Linear` tied to the embedding's
+    weight. The model itself is not changed.
+
+    Raises:
+        LayerError: the model can't be copied together with its new layers.
 
     Example:
         >>> import torch, rankfold
@@ -79,7 +100,14 @@ def densify(model: nn.Module) -> nn.Module:
         >>> type(densify(small)[0]).__name__
         'Linear'
     """
-    return _copy_with(model, {id(layer): _dense(layer) for _, layer in walk(model) if is_factorised(layer)})
+    dense = {id(layer): _dense(layer) for _, layer in walk(model) if is_factorised(layer)}
+    tables = {id(m.down): dense[id(m)] for m in model.modules() if isinstance(m, LowRankEmbedding) and id(m) in dense}
+    for head in model.modules():
+        if isinstance(head, TiedHead):
+            dense[id(head)] = _dense(head)
+            if id(head.down) in tables:
+                dense[id(head)].weight = tables[id(head.down)].weight
+    return _copy_with(model, dense)
 
 
 def _dense(layer: nn.Module) -> nn.Module:
@@ -153,24 +181,53 @@ def _build(job: _Replacement) -> nn.Module:
     return new.train(job.layer.training)
 
 
+def _refuse_captured(model: nn.Module, replaced: set[int]) -> None:
+    """Raise where a function kept on a module holds layers to be replaced: no copy of the model changes those."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if any(id(m) in replaced for captured in _captured(value) for m in captured.modules()):
+                raise LayerError(
+                    f"{f'{name}.{key}' if name else key} is a function that holds layers of this model, and a copy's "
+                    "would still call these: make it a method, or exclude the layers that it calls"
+                )
+
+
+def _captured(value: Any) -> Iterator[nn.Module]:
+    """Yield the modules in the closure of a function; nothing for any other value."""
+    for cell in getattr(value, "__closure__", None) or ():
+        with suppress(ValueError):  # a cell that was not filled yet
+            if isinstance(cell.cell_contents, nn.Module):
+                yield cell.cell_contents
+
+
 def _copy_with(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
     """Return a deep copy in which the modules of the given ids are replaced, and never copied."""
     try:
-        return copy.deepcopy(model, dict(replacements))
+        copied = copy.deepcopy(model, dict(replacements))
     except (RuntimeError, TypeError) as error:
         raise LayerError(
             f"the model can't be copied ({error}): remove what is not plain state, such as weight norm or a cached "
             "activation, and try again"
         ) from error
+    present = {id(module) for module in copied.modules()}
+    replaced = {name: replacements[id(module)] for name, module in model.named_modules() if id(module) in replacements}
+    lost = [name for name, new in replaced.items() if id(new) not in present]
+    if lost:
+        raise LayerError(
+            f"the copy of {type(model).__name__} lacks the new layer {lost[0]!r}: a __deepcopy__ of the model's own "
+            "must pass its memo on to copy.deepcopy for every submodule"
+        )
+    for module in copied.modules():
+        _switch_fused_path(module)
+    return copied
 
 
-def _switch_off_fused_path(module: nn.Module) -> None:
-    """Make the stock transformer encoder call its layers where one of them is factorised.
-
-    The fused inference path reads `linear1.weight`, which a factorised layer rebuilds at every read: right but slow.
-    """
-    if isinstance(module, nn.TransformerEncoderLayer):
-        if is_factorised(module.linear1) or is_factorised(module.linear2):
-            module.activation_relu_or_gelu = 0
-    elif isinstance(module, nn.TransformerEncoder) and any(map(is_factorised, module.modules())):
-        module.use_nested_tensor = False
+def _switch_fused_path(module: nn.Module) -> None:
+    """Make the stock transformer encoder call its layers while one of them is factorised, and only then."""
+    for kind, (flag, off) in FUSED.items():
+        if isinstance(module, kind):
+            if any(map(is_factorised, module.modules())):
+                vars(module).setdefault(FUSED_BEFORE, getattr(module, flag))
+                setattr(module, flag, off)
+            elif FUSED_BEFORE in vars(module):
+                setattr(module, flag, vars(module).pop(FUSED_BEFORE))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Annotated, ParamSpec
 
@@ -72,6 +75,26 @@ def _options(
     pass
 
 
+@contextmanager
+def _own_stdout() -> Iterator[None]:
+    """Keep standard output for what the commands print; whatever else writes to it goes to standard error.
+
+    Compiled libraries write to the descriptor itself (the solver behind `scipy.optimize.milp` has a line of debugging
+    left in it), which would spoil the JSON that a program reads.
+    """
+    sys.stdout.flush()
+    ours = sys.stdout
+    with os.fdopen(os.dup(1), "w", encoding=ours.encoding, errors=ours.errors) as sys.stdout:
+        os.dup2(2, 1)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            os.dup2(sys.stdout.fileno(), 1)
+            sys.stdout = ours
+
+
 def main() -> None:
     """Run the command line."""
-    app()
+    with _own_stdout():
+        app()

@@ -54,18 +54,17 @@ def fill(dense: Any, weight: Tensor, bias: Tensor | None) -> None:
     copy_(getattr(dense, "bias", None), bias)
 
 
-def finite_weight(owner: type[nn.Module], dense: nn.Module) -> Tensor:
-    """Return the weight of `dense` in float64, or raise a `LayerError` where it cannot be decomposed."""
+def finite_weight(owner: type[nn.Module], dense: nn.Module, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return the weight of `dense` in `dtype` or its own wider one; a `LayerError` where it cannot be decomposed."""
     weight: Tensor = dense.weight.detach()  # type: ignore[operator]
     where = f"{owner.__name__}: the weight of {type(dense).__name__}{tuple(weight.shape)}"
     if weight.is_meta:
         raise LayerError(f"{where} is on the meta device and has no values; use `like` for a fresh layer")
     if not weight.is_floating_point():
         raise LayerError(f"{where} is {weight.dtype}; only real floating-point weights are decomposed")
-    weight = weight.double()
     if not bool(torch.isfinite(weight).all()):
         raise LayerError(f"{where} holds NaN or Inf; repair or retrain it before decomposing")
-    return weight
+    return weight.to(torch.promote_types(weight.dtype, dtype))
 
 
 def fresh_uniform_(weights: Sequence[Tensor], gain: float, generator: torch.Generator | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rankfold.decompose import singular_values, svd
@@ -35,14 +36,14 @@ def matrix_errors(owner: type[nn.Module], dense: nn.Module, ranks: Sequence[Rank
 def matrix_spectrum(owner: Any, dense: nn.Module) -> tuple[Spectrum, ...]:
     """Return the singular values of the weight."""
     check_type(owner, dense, owner.dense_type)
-    weight = finite_weight(owner, dense)
+    weight = finite_weight(owner, dense, torch.float32)  # made float64 inside, once: a table may be half the model
     rows, columns = weight.shape
     return (Spectrum(singular_values(weight), (rows, columns)),)
 
 
 def decompose_into(layer: Any, dense: nn.Module, *, rows: Tensor, columns: Tensor, seed: int) -> None:
     """Write the truncated SVD of the weight into `rows` (out, rank) and `columns` (rank, in), balanced."""
-    left, right = svd(finite_weight(type(layer), dense), layer.rank, seed=seed).balanced()
+    left, right = svd(finite_weight(type(layer), dense, torch.float32), layer.rank, seed=seed).balanced()
     copy_(rows, left)
     copy_(columns, right)
 

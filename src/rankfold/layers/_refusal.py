@@ -33,10 +33,11 @@ def qualified_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _is_quantised(module: nn.Module) -> bool:
+def is_quantised(module: nn.Module) -> bool:
     """Tell the quantised twins of torch: some derive from no stock layer."""
     path, name = type(module).__module__, type(module).__name__
-    return path.startswith(("torch.ao.nn.", "torch.nn.quantized.")) and any(kind.__name__ in name for kind in KINDS)
+    ours = path.startswith(("torch.ao.nn.", "torch.nn.quantized.")) and "PackedParams" not in name
+    return ours and any(kind.__name__ in name for kind in KINDS)
 
 
 def factorisable(module: nn.Module) -> bool:
@@ -46,7 +47,7 @@ def factorisable(module: nn.Module) -> bool:
         >>> [factorisable(m) for m in (nn.Linear(2, 2), nn.ConvTranspose1d(2, 2, 2), nn.ReLU())]
         [True, True, False]
     """
-    return isinstance(module, KINDS) or qualified_name(module) == CONV1D or _is_quantised(module)
+    return isinstance(module, KINDS) or qualified_name(module) == CONV1D or is_quantised(module)
 
 
 def stock_twin(module: nn.Module) -> nn.Module:
@@ -93,7 +94,7 @@ def _names(types: tuple[type[nn.Module], ...]) -> str:
 
 
 def _quantised(layer: nn.Module) -> str | None:
-    return f"it is quantised ({qualified_name(layer)}): factorise before quantising" if _is_quantised(layer) else None
+    return f"it is quantised ({qualified_name(layer)}): factorise before quantising" if is_quantised(layer) else None
 
 
 def _lazy(layer: nn.Module) -> str | None:

@@ -16,7 +16,7 @@ from rankfold.layers._conv_svd import LowRankConv1d, LowRankConv2d, LowRankConv3
 from rankfold.layers._conv_tucker import TuckerConv1d, TuckerConv2d, TuckerConv3d
 from rankfold.layers._embedding import LowRankEmbedding
 from rankfold.layers._linear import LowRankLinear
-from rankfold.layers._refusal import CONV1D, qualified_name
+from rankfold.layers._refusal import CONV1D, is_quantised, qualified_name
 from rankfold.layers._tt_conv import TTConv1d, TTConv2d, TTConv3d
 from rankfold.layers._tt_embedding import TTEmbedding
 from rankfold.layers._tt_linear import TTLinear
@@ -70,13 +70,13 @@ def layer_class(layer: nn.Module, method: str) -> type[FactorisedLayer]:
 
 
 def is_factorised(module: nn.Module) -> bool:
-    """Tell whether a module is one of the factorised layers.
+    """Tell whether a module is one of the factorised layers, its factors as they were built: not quantised, say.
 
     Example:
         >>> is_factorised(LowRankLinear(4, 4, rank=1)), is_factorised(nn.Linear(4, 4))
         (True, False)
     """
-    return type(module) in _CLASSES
+    return type(module) in _CLASSES and not any(map(is_quantised, module.children()))
 
 
 def dense_cost(layer: nn.Module, calls: Sequence[Call]) -> Cost:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rankfold.decompose._tt import tensor_train, tt_roundings
 from rankfold.decompose._tt_shapes import balanced_shape, bonds, pair_modes
 from rankfold.errors import DecompositionError, LayerError
-from rankfold.layers._build import copy_, rescale_
+from rankfold.layers._build import copy_
 from rankfold.layers._contract import Options, Rank
 from rankfold.layers._ranks import below, check_rank
 from rankfold.layers._tt_contract import Chain, merge
@@ -146,14 +146,12 @@ def empty_cores(chain: Chain, device: torch.device | str | int | None, dtype: to
     return nn.ParameterList(nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in chain.shapes)
 
 
-def fresh_cores_(cores: Sequence[Tensor], train: Train, target: float, generator: torch.Generator | None) -> None:
-    """Draw cores whose product has the squared norm `target`; drawn on the CPU, so a seed means the same everywhere."""
+def fresh_cores_(cores: Sequence[Tensor], generator: torch.Generator | None) -> None:
+    """Draw cores whose product has entries of variance 1; drawn on the CPU, so a seed means the same everywhere."""
     for core in cores:
         if not core.is_meta:
             bound = math.sqrt(3 / core.shape[3])  # every entry of a partial product has variance 1
             copy_(core, torch.empty(core.shape, device="cpu").uniform_(-bound, bound, generator=generator))
-    with torch.no_grad():
-        rescale_(cores, squared_norm(cores, train), target)
 
 
 def decompose_(cores: Sequence[Tensor], train: Train, matrix: Tensor, rank: Rank) -> None:

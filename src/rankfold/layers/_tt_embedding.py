@@ -105,8 +105,9 @@ class TTEmbedding(TTLayer):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw fresh values with the variance of a fresh `nn.Embedding`, 1."""
-        self._fresh(float(self.num_embeddings * self.embedding_dim), generator)
+        """Draw fresh values with the variance of a fresh `nn.Embedding`, 1, outside the row at `padding_idx`."""
+        filled = self.num_embeddings - (self.padding_idx is not None)
+        self._fresh(float(filled * self.embedding_dim), generator)
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Embedding gives it
         """Return the rows of the indices."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rankfold.layers._build import Device, check_type, copy_, named, place, seeded, take_over
+from rankfold.layers._build import Device, check_type, copy_, named, place, rescale_, seeded, take_over
 from rankfold.layers._contract import Options, Rank, Spectrum
 from rankfold.layers._tt_chain import (
     Train,
@@ -61,7 +61,10 @@ class TTLayer(nn.Module):
         self.cores = empty_cores(self._chain, device, dtype)
 
     def _fresh(self, target: float, generator: torch.Generator | None) -> None:
-        fresh_cores_(list(self.cores), self._train, target, generator)
+        """Draw cores that give the weight the squared norm `target`."""
+        fresh_cores_(list(self.cores), generator)
+        with torch.no_grad():
+            rescale_(list(self.cores), self.squared_norm(), target)
 
     @property
     def rank(self) -> Rank:

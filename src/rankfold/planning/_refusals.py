@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -15,20 +16,30 @@ from rankfold.stats import walk
 
 def structural_refusals(model: nn.Module) -> dict[str, str]:
     """Return name and reason of every layer whose place in the model forbids replacing it, whatever its values."""
-    owners: dict[int, list[str]] = defaultdict(list)
+    owners: dict[int, set[str]] = defaultdict(set)
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            owners[id(parameter)].append(name)
+            owners[_memory(parameter)].add(name)
     reasons = {}
     for name, layer in walk(model):
-        others = {other for p in layer.parameters(recurse=False) for other in owners[id(p)]} - {name}
+        ties = {key: owners[_memory(p)] - {name} for key, p in layer.named_parameters(recurse=False)}
         if is_factorised(layer):
             reasons[name] = (
                 f"is factorised already ({layer.method}, rank {layer.rank}): densify the model to plan it anew"
             )
-        elif others:
-            reasons[name] = f"weight is tied with {', '.join(map(repr, sorted(others)))}"
+        elif any(ties.values()):
+            reasons[name] = " and ".join(_tie(key, others) for key, others in ties.items() if others)
     return reasons
+
+
+def _tie(key: str, others: Iterable[str]) -> str:
+    return f"{key} is tied with {', '.join(map(repr, sorted(others)))}"
+
+
+def _memory(parameter: nn.Parameter) -> int:
+    """Return the same for parameters that are one, or that hold the same memory, as a transposed tie does."""
+    plain = not is_lazy(parameter) and type(parameter.data) is torch.Tensor and not parameter.is_meta
+    return parameter.data_ptr() if plain and parameter.numel() else id(parameter)
 
 
 def layer_refusal(name: str, layer: nn.Module) -> str | None:

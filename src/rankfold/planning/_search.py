@@ -18,6 +18,7 @@ from rankfold.planning._rules import Select, rule_of
 from rankfold.stats import Stats, count_params, walk
 
 KEPT = "dense is the rule's choice within this budget"
+SHOWN = 3  # so many layers that stand in the way of a budget are put in an error
 UNPAID = "no rank of {} costs less than the layer itself"
 
 
@@ -229,9 +230,19 @@ def _refuse_excess(result: Plan, rule: str) -> None:
     wanted = ", ".join(f"{q}={result.budget.limits[q]:g} ({limit:,})" for q, limit in allowed.items())  # type: ignore[union-attr]
     reached = ", ".join(_reached(result, q) for q in allowed)
     raise BudgetError(
-        f"the budget {wanted} can't be met by the {rule} rule: the closest reachable is {reached}; "
+        f"the budget {wanted} can't be met by the {rule} rule: the closest reachable is {reached}; {_obstacles(result)}"
         "raise the budget, add methods or exclude fewer layers"
     )
+
+
+def _obstacles(result: Plan) -> str:
+    """Return which layers could not change and why, the largest first."""
+    if not result.layers:
+        return "the model has no Linear, convolution or Embedding to factorise; "
+    fixed = {name: choice for name, choice in result.layers.items() if choice.reason not in ("", KEPT)}
+    largest = sorted(fixed, key=lambda name: -(fixed[name].dense_params or 0))[:SHOWN]
+    told = "; ".join(f"{name or 'the model'!r} ({fixed[name].reason})" for name in largest)
+    return f"{len(fixed)} of {len(result.layers)} layers can't change, the largest {told}; " if fixed else ""
 
 
 def _reached(result: Plan, quantity: str) -> str:

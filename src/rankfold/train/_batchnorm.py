@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rankfold._batches import batch_arguments, device_of, to_device
+from rankfold._modes import evaluating
 from rankfold.errors import DataError, RankfoldError
 
 
@@ -47,8 +48,7 @@ def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any], *, batches: in
     if not layers:
         return
     device = device_of(model)
-    with modes_kept(model), _momentum_kept(layers), _statistics_unless_done(layers), torch.no_grad():
-        model.eval()
+    with evaluating(model), _momentum_kept(layers), _statistics_unless_done(layers), torch.no_grad():
         for layer in layers:
             layer.reset_running_stats()
             layer.momentum = None  # torch's word for the cumulative average
@@ -69,17 +69,6 @@ def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any], *, batches: in
 def batchnorms(model: nn.Module) -> list[_BatchNorm]:
     """Return the BatchNorm layers that keep running statistics."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-
-
-@contextmanager
-def modes_kept(*models: nn.Module) -> Iterator[None]:
-    """Restore the train/eval flag of every module afterwards."""
-    flags = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 @contextmanager

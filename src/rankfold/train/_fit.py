@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from rankfold._batches import batch_arguments, batch_target, device_of, to_device
+from rankfold._modes import modes_kept
 from rankfold._progress import track
 from rankfold.errors import DataError, RankfoldError, StoreError
 from rankfold.layers import is_factorised
-from rankfold.train._batchnorm import batchnorms, modes_kept, reestimate_batchnorm
+from rankfold.train._batchnorm import batchnorms, reestimate_batchnorm
 from rankfold.train._checkpoint import (
     State,
     loader_generators,
