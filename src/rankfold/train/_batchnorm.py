@@ -27,7 +27,8 @@ def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any], *, batches: in
 
     Args:
         model: The model, changed in place.
-        loader: Batches: tensors, tuples (inputs first) or dicts (keyword arguments); targets are not used.
+        loader: Batches: tensors, tuples (inputs first) or dicts (keyword arguments); targets are not used. The
+            inputs must be as in training, augmentation included: the statistics are those of what is shown.
         batches: How many batches to read at most; 100 to 500 are usual.
 
     Raises:
