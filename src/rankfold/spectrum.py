@@ -25,11 +25,11 @@ def conv_symbol(kernel: Tensor, size: Sequence[int]) -> Tensor:
     spectral norm is at most the largest norm of a block, and its singular values tend to theirs as the size grows.
 
     Args:
-        kernel: (out, in, *kernel size), one to three spatial dims, any float dtype.
+        kernel: `(out, in, *kernel size)`, one to three spatial dims, any float dtype.
         size: of the input in these dims, each at least that of the kernel.
 
     Returns:
-        Complex128 matrices (*size, out, in).
+        Complex128 matrices `(*size, out, in)`.
 
     Raises:
         DecompositionError: an input smaller than the kernel, NaN or Inf entries, no spatial dims.
@@ -59,12 +59,12 @@ def conv_singular_values(kernel: Tensor, size: Sequence[int], *, stride: int = 1
     A stride folds s^d frequencies onto one: their blocks stand side by side, divided by s^(d/2).
 
     Args:
-        kernel: (out, in, *kernel size), one to three spatial dims, any float dtype.
+        kernel: `(out, in, *kernel size)`, one to three spatial dims, any float dtype.
         size: of the input in these dims, each at least the kernel's and a multiple of the stride.
         stride: the same in all dims.
 
     Returns:
-        Singular values in float64, descending: min(out, in * stride^d) of them for each output position.
+        Singular values in float64, descending: `min(out, in * stride^d)` of them for each output position.
 
     Raises:
         DecompositionError: a size that the stride does not divide or the kernel exceeds; NaN or Inf entries.
@@ -98,7 +98,7 @@ def spectral_norm_bounds(kernel: Tensor) -> tuple[float, float]:
     with the outputs or with the inputs, and `sum_positions ||K[:, :, position]||_2`.
 
     Args:
-        kernel: (out, in, *kernel size), one to three spatial dims; a matrix is its own bound.
+        kernel: `(out, in, *kernel size)`, one to three spatial dims; a matrix is its own bound.
 
     Returns:
         Both bounds; the smaller one is the one to use.
