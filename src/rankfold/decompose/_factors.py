@@ -148,29 +148,12 @@ class Tucker:
 
 
 @dataclass(frozen=True, eq=False)
-class TT:
-    """A tensor as a chain of cores: `X[i_1, ..., i_d] = G_1[:, i_1] G_2[:, i_2] ... G_d[:, i_d]`.
+class _Chain:
+    """What the trains of a tensor and of a matrix share: cores from bond to bond, and how far they are off."""
 
-    Attributes:
-        cores: tensors (r, n, r') with matching neighbours; the first r and the last r' are 1.
-        error: relative Frobenius error of `to_dense()` against the tensor.
-        bound: the error that the truncations guarantee, `error <= bound`.
-
-    Example:
-        >>> import torch
-        >>> f = TT((torch.ones(1, 4, 2), torch.ones(2, 5, 1)))
-        >>> f.rank, f.num_params, tuple(f.to_dense().shape)
-        ((2,), 18, (4, 5))
-    """
-
-    cores: tuple[Float[Tensor, "_ _ _"], ...]
+    cores: tuple[Tensor, ...]
     error: float = 0.0
     bound: float = 0.0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The tensor's dims."""
-        return tuple(core.shape[1] for core in self.cores)
 
     @property
     def rank(self) -> tuple[int, ...]:
@@ -181,6 +164,32 @@ class TT:
     def num_params(self) -> int:
         """Entries of all cores."""
         return sum(core.numel() for core in self.cores)
+
+
+@dataclass(frozen=True, eq=False)
+class TT(_Chain):
+    """A tensor as a chain of cores: `X[i_1, ..., i_d] = G_1[:, i_1] G_2[:, i_2] ... G_d[:, i_d]`.
+
+    Attributes:
+        cores: tensors (r, n, r') with matching neighbours; the first r and the last r' are 1.
+        error: relative Frobenius error of `to_dense()` against the tensor.
+        bound: the error that the truncations guarantee, `error <= bound`.
+        rank: the bonds between neighbouring cores.
+        num_params: entries of all cores.
+
+    Example:
+        >>> import torch
+        >>> f = TT((torch.ones(1, 4, 2), torch.ones(2, 5, 1)))
+        >>> f.rank, f.num_params, tuple(f.to_dense().shape)
+        ((2,), 18, (4, 5))
+    """
+
+    cores: tuple[Float[Tensor, "_ _ _"], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's dims."""
+        return tuple(core.shape[1] for core in self.cores)
 
     def to_dense(self) -> Tensor:
         """Return the contracted chain."""
@@ -191,7 +200,7 @@ class TT:
 
 
 @dataclass(frozen=True, eq=False)
-class TTMatrix:
+class TTMatrix(_Chain):
     """A matrix as a chain of cores over paired modes: row `(i_1, ..., i_d)`, column `(j_1, ..., j_d)`.
 
     `W[i, j] = G_1[:, i_1, j_1] G_2[:, i_2, j_2] ... G_d[:, i_d, j_d]`.
@@ -200,6 +209,8 @@ class TTMatrix:
         cores: tensors (r, out_k, in_k, r') with matching neighbours; the first r and the last r' are 1.
         error: relative Frobenius error of `to_dense()` against the matrix.
         bound: the error that the truncations guarantee, `error <= bound`.
+        rank: the bonds between neighbouring cores.
+        num_params: entries of all cores.
 
     Example:
         >>> import torch
@@ -209,8 +220,6 @@ class TTMatrix:
     """
 
     cores: tuple[Float[Tensor, "_ _ _ _"], ...]
-    error: float = 0.0
-    bound: float = 0.0
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -221,16 +230,6 @@ class TTMatrix:
     def in_shape(self) -> tuple[int, ...]:
         """The dims whose product is the number of columns."""
         return tuple(core.shape[2] for core in self.cores)
-
-    @property
-    def rank(self) -> tuple[int, ...]:
-        """The bonds between neighbouring cores."""
-        return tuple(core.shape[0] for core in self.cores[1:])
-
-    @property
-    def num_params(self) -> int:
-        """Entries of all cores."""
-        return sum(core.numel() for core in self.cores)
 
     def to_dense(self) -> Float[Tensor, "out in"]:
         """Return the matrix (product of `out_shape`, product of `in_shape`)."""

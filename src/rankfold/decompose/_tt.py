@@ -14,6 +14,7 @@ from torch import Tensor
 from rankfold._typing import Float
 from rankfold.decompose._factors import TT, TTMatrix
 from rankfold.decompose._svd import singular_values
+from rankfold.decompose._tt_cores import inner, orthogonalise_from_right, unpaired
 from rankfold.decompose._tt_shapes import bonds, pair_modes
 from rankfold.decompose._unfold import check_tolerance, relative, squared_norm, working_copy
 from rankfold.errors import DecompositionError
@@ -114,8 +115,7 @@ def tt_matrix(
     """
     folded = pair_modes(matrix, out_shape, in_shape)
     train = tensor_train(folded, rank, tolerance=tolerance, dtype=dtype)
-    cores = [_unpair(core, m, n) for core, m, n in zip(train.cores, out_shape, in_shape, strict=True)]
-    return TTMatrix(tuple(cores), train.error, train.bound)
+    return unpaired(train, out_shape, in_shape)
 
 
 @overload
@@ -164,11 +164,8 @@ def tt_round(
         (2, 2)
     """
     flat = [working_copy(core, dtype).flatten(1, -2) for core in train.cores]
-    rounded = _truncate_from_left(_orthogonalise_from_right(flat), rank, tolerance, train.cores[0].dtype)
-    if isinstance(train, TTMatrix):
-        back = [_unpair(core, m, n) for core, m, n in zip(rounded.cores, train.out_shape, train.in_shape, strict=True)]
-        return TTMatrix(tuple(back), rounded.error, rounded.bound)
-    return rounded
+    rounded = _truncate_from_left(orthogonalise_from_right(flat), rank, tolerance, train.cores[0].dtype)
+    return unpaired(rounded, train.out_shape, train.in_shape) if isinstance(train, TTMatrix) else rounded
 
 
 def tt_roundings(tensor: Tensor, ranks: Sequence[Rank], *, dtype: torch.dtype = torch.float64) -> tuple[TT, ...]:
@@ -200,11 +197,11 @@ def tt_roundings(tensor: Tensor, ranks: Sequence[Rank], *, dtype: torch.dtype = 
     if not asked:
         return ()
     whole = tensor_train(work, largest, dtype=dtype)
-    orthogonal = _orthogonalise_from_right(whole.cores)
+    orthogonal = orthogonalise_from_right(whole.cores)
     found = {largest: whole}
     for rank in set(asked) - {largest}:
         rounded = _truncate_from_left(orthogonal, rank, None, dtype)
-        squared = total - 2 * _inner(work, rounded.cores) + squared_norm(rounded.cores[-1])
+        squared = total - 2 * inner(work, rounded.cores) + squared_norm(rounded.cores[-1])
         error = max(relative(squared, total), whole.error)
         found[rank] = TT(rounded.cores, error, error + rounded.bound - rounded.error)
     return tuple(found[rank] for rank in asked)
@@ -233,11 +230,6 @@ def tt_spectra(tensor: Tensor, *, dtype: torch.dtype = torch.float64) -> tuple[F
     work = working_copy(tensor, dtype)
     unfoldings = [work.reshape(rows, -1) for rows in accumulate(work.shape[:-1], mul)]
     return tuple(singular_values(matrix, dtype=dtype) for matrix in unfoldings)
-
-
-def _unpair(core: Tensor, out: int, into: int) -> Tensor:
-    """(r, out * in, r') to (r, out, in, r')."""
-    return core.reshape(core.shape[0], out, into, core.shape[2])
 
 
 def _target(
@@ -361,17 +353,6 @@ def _cut(energies: Float[Tensor, " n"], cap: int, allowed: float | None) -> tupl
     return keep, float(tails[keep]) if keep < len(tails) else 0.0
 
 
-def _orthogonalise_from_right(cores: Sequence[Tensor]) -> list[Tensor]:
-    """The same train with orthonormal rows in every core but the first, bonds cut to what is possible."""
-    done: list[Tensor] = []
-    carry = cores[-1]
-    for core in reversed(cores[:-1]):
-        q, r = torch.linalg.qr(carry.flatten(1).T)
-        done.insert(0, q.T.reshape(-1, *carry.shape[1:]))
-        carry = core @ r.T
-    return [carry, *done]
-
-
 def _truncate_from_left(cores: Sequence[Tensor], rank: Rank | None, tolerance: float | None, out: torch.dtype) -> TT:
     """Return the train with smaller bonds, in the dtype `out`, from one that is orthogonal but for its first core."""
     cores, total, lost = list(cores), squared_norm(cores[0]), list[float]()
@@ -384,15 +365,6 @@ def _truncate_from_left(cores: Sequence[Tensor], rank: Rank | None, tolerance: f
         cores[k] = basis.reshape(*cores[k].shape[:2], -1)
         cores[k + 1] = torch.tensordot(basis.T @ rows, cores[k + 1], 1)
     return _finish(cores, lost, total, out)
-
-
-def _inner(tensor: Tensor, cores: Sequence[Tensor]) -> float:
-    """The inner product of a tensor with a train, contracted from the left."""
-    rest = tensor.reshape(1, -1)
-    for core in cores:
-        rows = core.flatten(0, 1)
-        rest = rows.T @ rest.reshape(rows.shape[0], -1)
-    return float(rest)
 
 
 def _finish(cores: Sequence[Tensor], lost: Sequence[float], total: float, dtype: torch.dtype) -> TT:

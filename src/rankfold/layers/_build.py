@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -39,6 +39,15 @@ def take_over(layer: L, dense: nn.Module) -> L:
         source = bias if name.rpartition(".")[2] == "bias" else dense.weight
         parameter.requires_grad_(bool(getattr(source, "requires_grad", True)))
     return layer.train(dense.training)
+
+
+def hollow(owner: type[L], dense: Any, arguments: Mapping[str, Any], device: Device) -> L:
+    """Return a layer without values in the place of `dense`, on its device unless told another.
+
+    It is built on the meta device, so that no random number is drawn.
+    """
+    layer = owner(**arguments, device="meta", dtype=dense.weight.dtype)
+    return take_over(place(layer, dense.weight.device if device is None else device), dense)
 
 
 def copy_(target: Tensor | None, value: Tensor | None) -> None:

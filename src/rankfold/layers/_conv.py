@@ -24,14 +24,13 @@ from rankfold.layers._build import (
     finite_weight,
     fresh_bias_,
     fresh_uniform_,
-    named,
     place,
     rescale_,
-    seeded,
     take_over,
 )
 from rankfold.layers._contract import Call, Cost, Options, Rank, Spectrum
 from rankfold.layers._ranks import below, check_rank
+from rankfold.layers._twin import TwinLayer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -145,6 +144,17 @@ def grouped(weight: Tensor, groups: int) -> Tensor:
     return weight.reshape(groups, -1, *weight.shape[1:])
 
 
+def dense_twin(layer: Any, arguments: Sequence[Any], dtype: torch.dtype | None) -> Any:
+    """Return the stock convolution that `layer` stands in for, and give the layer its attributes.
+
+    torch checks and normalises the arguments on this twin, which has no storage.
+    """
+    twin = layer.dense_type(**dict(zip(ARGUMENTS, arguments, strict=True)), device="meta", dtype=dtype)
+    for name in {*ARGUMENTS, "transposed", "output_padding"} - {"bias"}:
+        setattr(layer, name, getattr(twin, name))
+    return twin
+
+
 def _mean_values(matrices: Tensor) -> Tensor:
     """Return the root mean square of the singular values over a batch of matrices: its tails are their tails."""
     if len(matrices) == 1:
@@ -172,12 +182,11 @@ class ConvForm:
     unfoldings: Callable[..., Sequence[Tensor]]
 
 
-class FactorisedConv(nn.Module):
+class FactorisedConv(TwinLayer):
     """A convolution as a chain of stock convolutions; the final classes name its form and its dense twin."""
 
     form: ClassVar[ConvForm]
     method: ClassVar[str]
-    dense_type: ClassVar[type[nn.Module]]
 
     in_channels: int
     out_channels: int
@@ -197,13 +206,11 @@ class FactorisedConv(nn.Module):
         options: dict[str, Any],
         device: Device,
     ) -> None:
-        """Build the stages; torch checks and normalises the arguments of the dense twin, one without storage."""
-        twin: Any = self.dense_type(*arguments, device="meta", dtype=dtype)
+        """Build the stages."""
+        twin = dense_twin(self, arguments, dtype)
         shape = ConvShape.of(twin)
         full = self.form.full_rank(shape, **options)
         self._rank, self._options = check_rank(type(self).__name__, rank, full), options
-        for name in {*ARGUMENTS, "transposed", "output_padding"} - {"bias"}:
-            setattr(self, name, getattr(twin, name))
         stages = self.form.stages(shape, self._rank, **options)
         self._stage_names = tuple(stages)
         for name, stage in stages.items():
@@ -261,9 +268,9 @@ class FactorisedConv(nn.Module):
         fill(dense, self.weight, self.bias)
         return dense
 
-    def extra_repr(self) -> str:
-        """Return what the dense twin prints, then the rank and the options."""
-        return f"{self.dense_type.extra_repr(self)}, {named(self._rank, self._options)}"
+    @staticmethod
+    def _arguments(dense: Any) -> dict[str, Any]:
+        return ConvShape.of(dense).arguments()
 
     @classmethod
     def variants(cls, dense: nn.Module) -> tuple[Options, ...]:
@@ -317,29 +324,12 @@ class FactorisedConv(nn.Module):
     @classmethod
     def from_dense(cls, dense: nn.Module, *, rank: Rank, seed: int = 0, **options: Any) -> Self:
         """Decompose the kernel of each group in float64; keeps options, dtype, device, mode and requires_grad."""
-        layer = cls._hollow(dense, rank, dense.weight.device, options)  # type: ignore[arg-type]
+        layer = cls._hollow(dense, rank, None, options)
         parts = [cls.form.factorise(kernel, layer.rank, seed=seed, **options) for kernel in cls._kernels(dense)]
         for weight, factors in zip(layer._weights(), zip(*parts, strict=True), strict=True):
             copy_(weight, torch.cat(factors).reshape(weight.shape))
         copy_(layer.bias, dense.bias)  # type: ignore[arg-type]
         return layer
-
-    @classmethod
-    def like(
-        cls, dense: nn.Module, *, rank: Rank, seed: int = 0, device: torch.device | str | None = None, **options: Any
-    ) -> Self:
-        """Return a layer with the shape and options of `dense` and fresh values."""
-        layer = cls._hollow(dense, rank, dense.weight.device if device is None else device, options)  # type: ignore[arg-type]
-        layer.reset_parameters(seeded(seed))
-        return layer
-
-    @classmethod
-    def _hollow(cls, dense: nn.Module, rank: Rank, device: Device, options: Mapping[str, Any]) -> Self:
-        """Return the layer without values; it is built on the meta device, so no random number is drawn."""
-        check_type(cls, dense, cls.dense_type)
-        arguments = ConvShape.of(dense).arguments()
-        layer = cls(**arguments, rank=rank, device="meta", dtype=dense.weight.dtype, **options)
-        return take_over(place(layer, device), dense)
 
     @classmethod
     def _kernels(cls, dense: nn.Module) -> tuple[Tensor, ...]:

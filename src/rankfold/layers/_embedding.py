@@ -13,24 +13,15 @@ from torch.nn import functional
 from rankfold.errors import LayerError
 from rankfold.layers._build import (
     Device,
-    check_type,
     copy_,
     fill,
     fresh_uniform_,
     place,
     rescale_,
-    seeded,
     take_over,
 )
-from rankfold.layers._contract import Call, Cost, Options, Rank, Spectrum
-from rankfold.layers._matrix import (
-    decompose_into,
-    matrix_errors,
-    matrix_full_rank,
-    matrix_ranks,
-    matrix_spectrum,
-    product_norm,
-)
+from rankfold.layers._contract import Call, Cost, Options, Rank
+from rankfold.layers._matrix import MatrixLayer, decompose_into, product_norm
 from rankfold.layers._ranks import check_rank
 
 if TYPE_CHECKING:
@@ -38,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @final
-class LowRankEmbedding(nn.Module):
+class LowRankEmbedding(MatrixLayer):
     """An embedding as `Embedding(num_embeddings, rank)` and `Linear(rank, embedding_dim)`: the SVD of its table.
 
     `weight = down.weight @ up.weight.T`, the best approximation of this rank in the Frobenius norm. The
@@ -56,7 +47,6 @@ class LowRankEmbedding(nn.Module):
         torch.Size([5, 1000])
     """
 
-    method: ClassVar[str] = "svd"
     dense_type: ClassVar[type[nn.Module]] = nn.Embedding
 
     def __init__(  # noqa: PLR0913 - the signature of the dense twin
@@ -110,16 +100,6 @@ class LowRankEmbedding(nn.Module):
         return rows
 
     @property
-    def rank(self) -> Rank:
-        """The rank this layer was built with."""
-        return self.down.embedding_dim
-
-    @property
-    def options(self) -> Options:
-        """No options beside the rank."""
-        return {}
-
-    @property
     def weight(self) -> Tensor:
         """The dense table (num_embeddings, embedding_dim), rebuilt on every read (differentiable)."""
         return self.down.weight @ self.up.weight.T
@@ -165,32 +145,12 @@ class LowRankEmbedding(nn.Module):
         return ({},) if not rescaled and cls.rank_grid(dense) else ()
 
     @classmethod
-    def full_rank(cls, dense: nn.Module) -> Rank:
-        """Return min(num_embeddings, embedding_dim)."""
-        return matrix_full_rank(dense)
-
-    @classmethod
-    def rank_grid(cls, dense: nn.Module, *, multiple: int = 1) -> tuple[Rank, ...]:
-        """Return candidate ranks, ascending, all with fewer parameters than the dense layer."""
-        return matrix_ranks(dense, multiple)
-
-    @classmethod
     def cost(cls, dense: nn.Module, calls: Sequence[Call], *, rank: Rank) -> Cost:
         """Return rank * (rows + dim) parameters, and rank * dim multiply-adds per row looked up."""
         checked: Any = check_rank(cls.__name__, rank, cls.full_rank(dense))
         twin: Any = dense
         rows = sum(math.prod(call.input) for call in calls)
         return Cost(checked * (twin.num_embeddings + twin.embedding_dim), rows * checked * twin.embedding_dim)
-
-    @classmethod
-    def errors(cls, dense: nn.Module, ranks: Sequence[Rank], *, seed: int = 0) -> tuple[float, ...]:  # noqa: ARG003 - exact
-        """Return the relative error of the table at each rank, from its singular values."""
-        return matrix_errors(cls, dense, ranks)
-
-    @classmethod
-    def spectra(cls, dense: nn.Module) -> tuple[Spectrum, ...]:
-        """Return the singular values of the table."""
-        return matrix_spectrum(cls, dense)
 
     @classmethod
     def from_dense(cls, dense: nn.Module, *, rank: Rank, seed: int = 0) -> Self:
@@ -201,22 +161,10 @@ class LowRankEmbedding(nn.Module):
             copy_(layer._padding_row(), torch.zeros(()))  # exactly, and not to rounding
         return layer
 
-    @classmethod
-    def like(cls, dense: nn.Module, *, rank: Rank, seed: int = 0, device: torch.device | str | None = None) -> Self:
-        """Return a layer with the shape and options of `dense` and fresh values."""
-        layer = cls._hollow(dense, rank, device)
-        layer.reset_parameters(seeded(seed))
-        return layer
-
-    @classmethod
-    def _hollow(cls, dense: Any, rank: Any, device: Device) -> Self:
-        """Return the layer without values, on the device of `dense` unless told another."""
-        check_type(cls, dense, cls.dense_type)
-        names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-        options: dict[str, Any] = {name: getattr(dense, name) for name in names}
-        sizes = (dense.num_embeddings, dense.embedding_dim)
-        layer = cls(*sizes, **options, device="meta", dtype=dense.weight.dtype, rank=rank)
-        return take_over(place(layer, dense.weight.device if device is None else device), dense)
+    @staticmethod
+    def _arguments(dense: Any) -> dict[str, Any]:
+        names = ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type")
+        return {name: getattr(dense, name) for name in (*names, "scale_grad_by_freq", "sparse")}
 
     def _padding_row(self) -> Tensor | None:
         """Return the codes of the padding row, where there is one with values."""

@@ -11,25 +11,16 @@ from torch import Tensor, nn
 
 from rankfold.layers._build import (
     Device,
-    check_type,
     copy_,
     fill,
     fresh_bias_,
     fresh_uniform_,
     place,
     rescale_,
-    seeded,
     take_over,
 )
-from rankfold.layers._contract import Call, Cost, Options, Rank, Spectrum
-from rankfold.layers._matrix import (
-    decompose_into,
-    matrix_errors,
-    matrix_full_rank,
-    matrix_ranks,
-    matrix_spectrum,
-    product_norm,
-)
+from rankfold.layers._contract import Call, Cost, Options, Rank
+from rankfold.layers._matrix import MatrixLayer, decompose_into, product_norm
 from rankfold.layers._ranks import check_rank
 
 if TYPE_CHECKING:
@@ -37,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @final
-class LowRankLinear(nn.Module):
+class LowRankLinear(MatrixLayer):
     """A linear layer as `Linear(in, rank)` and `Linear(rank, out)`: the truncated SVD of its weight.
 
     `weight = up.weight @ down.weight`, the best approximation of this rank in the Frobenius norm
@@ -53,7 +44,6 @@ class LowRankLinear(nn.Module):
         >>> torch.testing.assert_close(copy.weight, dense.weight)
     """
 
-    method: ClassVar[str] = "svd"
     dense_type: ClassVar[type[nn.Module]] = nn.Linear
 
     def __init__(
@@ -85,16 +75,6 @@ class LowRankLinear(nn.Module):
         hidden = self.down(input)  # …, rank
         output: Tensor = self.up(hidden)  # …, out
         return output
-
-    @property
-    def rank(self) -> Rank:
-        """The rank this layer was built with."""
-        return self.down.out_features
-
-    @property
-    def options(self) -> Options:
-        """No options beside the rank."""
-        return {}
 
     @property
     def weight(self) -> Tensor:
@@ -132,16 +112,6 @@ class LowRankLinear(nn.Module):
         return ({},) if cls.rank_grid(dense) else ()
 
     @classmethod
-    def full_rank(cls, dense: nn.Module) -> Rank:
-        """Return min(in, out)."""
-        return matrix_full_rank(dense)
-
-    @classmethod
-    def rank_grid(cls, dense: nn.Module, *, multiple: int = 1) -> tuple[Rank, ...]:
-        """Return candidate ranks, ascending, all with fewer parameters than the dense layer."""
-        return matrix_ranks(dense, multiple)
-
-    @classmethod
     def cost(cls, dense: nn.Module, calls: Sequence[Call], *, rank: Rank) -> Cost:
         """Return rank * (in + out) parameters and the bias, and as many multiply-adds per row of the input."""
         checked = check_rank(cls.__name__, rank, cls.full_rank(dense))
@@ -151,16 +121,6 @@ class LowRankLinear(nn.Module):
         return Cost(weights + (0 if twin.bias is None else twin.out_features), rows * weights)
 
     @classmethod
-    def errors(cls, dense: nn.Module, ranks: Sequence[Rank], *, seed: int = 0) -> tuple[float, ...]:  # noqa: ARG003 - exact
-        """Return the relative error of the weight at each rank, from its singular values."""
-        return matrix_errors(cls, dense, ranks)
-
-    @classmethod
-    def spectra(cls, dense: nn.Module) -> tuple[Spectrum, ...]:
-        """Return the singular values of the weight."""
-        return matrix_spectrum(cls, dense)
-
-    @classmethod
     def from_dense(cls, dense: nn.Module, *, rank: Rank, seed: int = 0) -> Self:
         """Decompose the weight in float64; keeps dtype, device, mode and requires_grad."""
         layer = cls._hollow(dense, rank, None)
@@ -168,17 +128,7 @@ class LowRankLinear(nn.Module):
         copy_(layer.bias, getattr(dense, "bias", None))
         return layer
 
-    @classmethod
-    def like(cls, dense: nn.Module, *, rank: Rank, seed: int = 0, device: torch.device | str | None = None) -> Self:
-        """Return a layer with the shape and options of `dense` and fresh values."""
-        layer = cls._hollow(dense, rank, device)
-        layer.reset_parameters(seeded(seed))
-        return layer
-
-    @classmethod
-    def _hollow(cls, dense: Any, rank: Any, device: Device) -> Self:
-        """Return the layer without values, on the device of `dense` unless told another."""
-        check_type(cls, dense, cls.dense_type)
-        bias = dense.bias is not None
-        layer = cls(dense.in_features, dense.out_features, bias, "meta", dense.weight.dtype, rank=rank)
-        return take_over(place(layer, dense.weight.device if device is None else device), dense)
+    @staticmethod
+    def _arguments(dense: Any) -> dict[str, Any]:
+        features = {"in_features": dense.in_features, "out_features": dense.out_features}
+        return {**features, "bias": dense.bias is not None}

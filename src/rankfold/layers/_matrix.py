@@ -2,43 +2,92 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.decompose import singular_values, svd
-from rankfold.layers._build import check_type, copy_, finite_weight
-from rankfold.layers._contract import Rank, Spectrum
+from rankfold.layers._build import Device, check_type, copy_, finite_weight, hollow, seeded
+from rankfold.layers._contract import Options, Rank, Spectrum
 from rankfold.layers._ranks import CANDIDATES, break_even, check_rank, spread, tail_errors
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-def matrix_ranks(dense: Any, multiple: int) -> tuple[int, ...]:
-    """Return candidate ranks of a matrix whose two factors have fewer parameters than itself."""
+
+class MatrixLayer(nn.Module):
+    """A layer whose weight is the product of two factors, `down` then `up`; the final classes say how it is applied."""
+
+    method: ClassVar[str] = "svd"
+    dense_type: ClassVar[type[nn.Module]]
+    up: nn.Linear
+
+    @staticmethod
+    @abstractmethod
+    def _arguments(dense: Any) -> dict[str, Any]:
+        """Return the constructor's arguments of a dense layer, without device and dtype."""
+
+    @abstractmethod
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh values with the output variance of a fresh dense layer."""
+
+    @property
+    def rank(self) -> Rank:
+        """The rank this layer was built with."""
+        return self.up.in_features
+
+    @property
+    def options(self) -> Options:
+        """No options beside the rank."""
+        return {}
+
+    @classmethod
+    def full_rank(cls, dense: nn.Module) -> Rank:
+        """Return the smaller side of the weight."""
+        rows, columns = _sides(dense)
+        return min(rows, columns)
+
+    @classmethod
+    def rank_grid(cls, dense: nn.Module, *, multiple: int = 1) -> tuple[Rank, ...]:
+        """Return candidate ranks, ascending, all with fewer parameters than the dense layer."""
+        rows, columns = _sides(dense)
+        return spread(break_even(rows + columns, rows * columns), multiple, CANDIDATES)
+
+    @classmethod
+    def errors(cls, dense: nn.Module, ranks: Sequence[Rank], *, seed: int = 0) -> tuple[float, ...]:  # noqa: ARG003 - exact
+        """Return the relative error of the weight at each rank, from its singular values."""
+        (spectrum,) = cls.spectra(dense)
+        checked: list[Any] = [check_rank(cls.__name__, rank, min(spectrum.shape)) for rank in ranks]
+        return tuple(tail_errors(spectrum.values, checked))
+
+    @classmethod
+    def spectra(cls, dense: nn.Module) -> tuple[Spectrum, ...]:
+        """Return the singular values of the weight."""
+        check_type(cls, dense, cls.dense_type)
+        weight = finite_weight(cls, dense, torch.float32)  # made float64 inside, once: a table may be half the model
+        rows, columns = weight.shape
+        return (Spectrum(singular_values(weight), (rows, columns)),)
+
+    @classmethod
+    def like(cls, dense: nn.Module, *, rank: Rank, seed: int = 0, device: torch.device | str | None = None) -> Self:
+        """Return a layer with the shape and options of `dense` and fresh values."""
+        layer = cls._hollow(dense, rank, device)
+        layer.reset_parameters(seeded(seed))
+        return layer
+
+    @classmethod
+    def _hollow(cls, dense: nn.Module, rank: Rank, device: Device) -> Self:
+        """Return the layer without values, on the device of `dense` unless told another."""
+        check_type(cls, dense, cls.dense_type)
+        return hollow(cls, dense, {**cls._arguments(dense), "rank": rank}, device)
+
+
+def _sides(dense: Any) -> tuple[int, int]:
     rows, columns = dense.weight.shape
-    return spread(break_even(rows + columns, rows * columns), multiple, CANDIDATES)
-
-
-def matrix_full_rank(dense: Any) -> int:
-    """Return the smaller side of the weight."""
-    rows, columns = dense.weight.shape
-    return min(int(rows), int(columns))
-
-
-def matrix_errors(owner: type[nn.Module], dense: nn.Module, ranks: Sequence[Rank]) -> tuple[float, ...]:
-    """Return the relative error of truncating the weight at each rank."""
-    (spectrum,) = matrix_spectrum(owner, dense)
-    checked: list[Any] = [check_rank(owner.__name__, rank, min(spectrum.shape)) for rank in ranks]
-    return tuple(tail_errors(spectrum.values, checked))
-
-
-def matrix_spectrum(owner: Any, dense: nn.Module) -> tuple[Spectrum, ...]:
-    """Return the singular values of the weight."""
-    check_type(owner, dense, owner.dense_type)
-    weight = finite_weight(owner, dense, torch.float32)  # made float64 inside, once: a table may be half the model
-    rows, columns = weight.shape
-    return (Spectrum(singular_values(weight), (rows, columns)),)
+    return int(rows), int(columns)
 
 
 def decompose_into(layer: Any, dense: nn.Module, *, rows: Tensor, columns: Tensor, seed: int) -> None:

@@ -12,6 +12,8 @@ from rankfold.layers._contract import Rank
 
 CANDIDATES = 96  # of one rank: a budget is then met to about a per cent of a layer
 CANDIDATES_PER_AXIS = 20  # of a pair of ranks: at most 400 pairs
+CROWDING = 1.5
+"""Between even spacing (1) and a constant ratio: small ranks matter most, large ones still meet a budget."""
 
 
 def check_rank(owner: str, rank: object, full: Rank) -> Rank:
@@ -35,10 +37,7 @@ def spread(limit: int, multiple: int, count: int) -> tuple[int, ...]:
     steps = limit // multiple
     if steps <= count:
         return tuple(multiple * k for k in range(1, steps + 1))
-    exponent = (
-        1.5  # between even spacing (1) and a constant ratio: small ranks matter most, large ones still meet a budget
-    )
-    picked = {max(1, round(steps * (k / count) ** exponent)) for k in range(1, count + 1)}
+    picked = {max(1, round(steps * (k / count) ** CROWDING)) for k in range(1, count + 1)}
     return tuple(multiple * k for k in sorted(picked))
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from rankfold.layers._build import Device, check_type, finite_weight, fresh_bias_
 from rankfold.layers._contract import Call, Cost, Rank
-from rankfold.layers._conv import ARGUMENTS, ConvShape, Size
+from rankfold.layers._conv import ConvShape, Size, dense_twin
 from rankfold.layers._tt_chain import Train, make_train
 from rankfold.layers._tt_contract import (
     BATCHES,
@@ -109,10 +109,7 @@ class TTConv(TTLayer):
     ) -> None:
         super().__init__()
         values = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
-        # torch checks and normalises the arguments, on a twin without storage
-        twin: Any = self.dense_type(**dict(zip(ARGUMENTS, values, strict=True)), device="meta")
-        for name in {*ARGUMENTS, "transposed", "output_padding"} - {"bias"}:
-            setattr(self, name, getattr(twin, name))
+        twin = dense_twin(self, values, dtype)
         self._reversed_padding = tuple(twin._reversed_padding_repeated_twice)
         train = _conv_train(type(self).__name__, ConvShape.of(twin), in_shape, out_shape)
         self._assemble(train, rank, device, dtype)
@@ -210,10 +207,7 @@ def _conv_train(owner: str, shape: ConvShape, in_shape: Sequence[int] | None, ou
 class TTConv1d(TTConv):
     """A 1-D convolution as shared filters and a tensor train over the channels.
 
-    The arguments are those of `nn.Conv1d`; then `rank`, a cap for every bond, clipped to what each can have, or one
-    per bond, the number of filters first; `in_shape` and `out_shape`, as many dims each, whose products are at
-    least `in_channels / groups` and `out_channels` (padded where larger, by default balanced). The train spans
-    all groups. A rank out of range or unfit shapes raise a `LayerError`.
+    The arguments are those of `nn.Conv1d`, then `rank`, `in_shape` and `out_shape` as of `TTConv2d`.
 
     Reference: Garipov, Podoprikhin, Novikov, Vetrov 2016, Ultimate tensorization.
 
@@ -250,10 +244,7 @@ class TTConv2d(TTConv):
 class TTConv3d(TTConv):
     """A 3-D convolution as shared filters and a tensor train over the channels.
 
-    The arguments are those of `nn.Conv3d`; then `rank`, a cap for every bond, clipped to what each can have, or one
-    per bond, the number of filters first; `in_shape` and `out_shape`, as many dims each, whose products are at
-    least `in_channels / groups` and `out_channels` (padded where larger, by default balanced). The train spans
-    all groups. A rank out of range or unfit shapes raise a `LayerError`.
+    The arguments are those of `nn.Conv3d`, then `rank`, `in_shape` and `out_shape` as of `TTConv2d`.
 
     Reference: Garipov, Podoprikhin, Novikov, Vetrov 2016, Ultimate tensorization.
 

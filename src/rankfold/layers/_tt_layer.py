@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from rankfold.layers._build import Device, check_type, copy_, named, place, rescale_, seeded, take_over
+from rankfold.layers._build import Device, copy_, place, rescale_
 from rankfold.layers._contract import Options, Rank, Spectrum
 from rankfold.layers._tt_chain import (
     Train,
@@ -21,22 +21,17 @@ from rankfold.layers._tt_chain import (
     fresh_cores_,
     squared_norm,
 )
+from rankfold.layers._twin import TwinLayer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class TTLayer(nn.Module):
+class TTLayer(TwinLayer):
     """A layer whose weight is a tensor train; the final classes say which matrix, and how it is applied."""
 
     method: ClassVar[str] = "tt"
-    dense_type: ClassVar[type[nn.Module]]
     cores: nn.ParameterList
-
-    @staticmethod
-    @abstractmethod
-    def _arguments(dense: Any) -> dict[str, Any]:
-        """Return the constructor's arguments of a dense or factorised layer, without device and dtype."""
 
     @classmethod
     @abstractmethod
@@ -49,10 +44,6 @@ class TTLayer(nn.Module):
     @abstractmethod
     def _matrix_of(cls, dense: Any) -> Tensor:
         """Return the weight in float64 as the train's matrix, `(lead, out, in)` where it has a lead."""
-
-    @abstractmethod
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw fresh values with the output variance of a fresh dense layer."""
 
     def _assemble(self, train: Train, rank: Rank, device: Device, dtype: torch.dtype | None) -> None:
         """Give the layer its cores, without values."""
@@ -100,10 +91,6 @@ class TTLayer(nn.Module):
     def _matrix(self) -> Tensor:
         return dense_matrix(list(self.cores), self._train)
 
-    def extra_repr(self) -> str:
-        """Return what the dense twin prints, then the rank and the options."""
-        return f"{self.dense_type.extra_repr(self)}, {named(self._rank, dict(self.options))}"
-
     @classmethod
     def variants(cls, dense: nn.Module) -> tuple[Options, ...]:
         """Return the balanced shapes of 2, 3 and 4 cores with which some rank has fewer parameters than dense."""
@@ -139,24 +126,7 @@ class TTLayer(nn.Module):
         """Decompose the weight by TT-SVD in float64; keeps options, dtype, device, mode and requires_grad."""
         del seed  # nothing is random
         matrix = cls._matrix_of(dense)
-        layer = cls._hollow(dense, rank, matrix.device, options)
+        layer = cls._hollow(dense, rank, None, options)
         decompose_(list(layer.cores), layer._train, matrix, rank)
         copy_(layer._bias(), getattr(dense, "bias", None))
         return layer
-
-    @classmethod
-    def like(
-        cls, dense: nn.Module, *, rank: Rank, seed: int = 0, device: torch.device | str | None = None, **options: Any
-    ) -> Self:
-        """Return a layer with the shape and options of `dense` and fresh values."""
-        layer = cls._hollow(dense, rank, dense.weight.device if device is None else device, options)  # type: ignore[arg-type]
-        layer.reset_parameters(seeded(seed))
-        return layer
-
-    @classmethod
-    def _hollow(cls, dense: nn.Module, rank: Rank, device: Device, options: Mapping[str, Any]) -> Self:
-        """Return the layer without values; it is built on the meta device, so no random number is drawn."""
-        check_type(cls, dense, cls.dense_type)
-        arguments = cls._arguments(dense)
-        layer = cls(**arguments, rank=rank, device="meta", dtype=dense.weight.dtype, **options)
-        return take_over(place(layer, device), dense)
