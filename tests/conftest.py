@@ -2,6 +2,9 @@
 
 import os
 
+# Tests compute on small tensors: a second thread only costs, and on a busy machine a pool of them stalls.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
