@@ -1,0 +1,55 @@
+"""What a reproduction does around its measurements: rows kept as they come, then the table and the picture of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+Row = dict[str, Any]
+Rows = dict[str, Row]
+Keep = Callable[[str, Row], None]
+
+
+class Drawing(Protocol):
+    """How the rows of one reproduction are shown."""
+
+    def line(self, row: Row) -> str:
+        """Return a row on one line, for a person who waits."""
+
+    def write_table(self, rows: Rows, path: Path) -> None:
+        """Write the rows as markdown."""
+
+    def write_plot(self, rows: Rows, path: Path) -> None:
+        """Draw the rows."""
+
+
+def main(description: str, folder: Path, measure: Callable[[Rows, Keep], None], drawing: Drawing) -> None:
+    """Measure what `results.json` of the folder lacks, unless told not to, then write `table.md` and `plot.png`.
+
+    `measure` gets the rows that are there and a function to keep a further one under its key.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--redraw", action="store_true", help="only write table.md and plot.png from results.json")
+    results = folder / "results.json"
+    rows: Rows = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+
+    def keep(key: str, row: Row) -> None:
+        rows[key] = row
+        store(rows, results)
+        print(drawing.line(row), flush=True)
+
+    if not parser.parse_args().redraw:
+        measure(rows, keep)
+    drawing.write_table(rows, folder / "table.md")
+    drawing.write_plot(rows, folder / "plot.png")
+
+
+def store(rows: Rows, path: Path) -> None:
+    """Write the rows whole or not at all."""
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
