@@ -255,20 +255,30 @@ def _project(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
 
 
 def _start(work: Tensor, sizes: Mapping[int, int], total: float) -> dict[int, _Basis]:
-    """Return where sweeps begin: the HOSVD, in float32 where that resolves its error."""
-    rough = _hosvd(work.float(), sizes)
-    if work.dtype == torch.float64 and rough.error(total) < TRUSTED:
-        rough = _hosvd(work, sizes)
-    return {axis: _Basis(basis.kept.to(work), basis.rest.to(work)) for axis, basis in rough.bases.items()}
+    """Return where sweeps begin: the bases of the HOSVD, in float32 where that resolves its error."""
+    bases, captured, _ = _nested(work.float(), sizes)
+    if work.dtype == torch.float64 and relative(total - captured, total) < TRUSTED:
+        bases, _, _ = _nested(work, sizes)
+    return {axis: _Basis(basis.kept.to(work), basis.rest.to(work)) for axis, basis in bases.items()}
 
 
 def _hosvd(work: Tensor, sizes: Mapping[int, int]) -> _Fit:
-    """Return the sequentially truncated HOSVD, the strongest reduction first."""
-    bases = {}
+    """Return the sequentially truncated HOSVD."""
+    bases, _, rest = _nested(work, sizes)
+    return _Fit(bases, _project(rest, {axis: basis.kept for axis, basis in list(bases.items())[-1:]}))
+
+
+def _nested(work: Tensor, sizes: Mapping[int, int]) -> tuple[dict[int, _Basis], float, Tensor]:
+    """Return bases, each of the tensor projected on those before, the strongest reduction first.
+
+    With them the energy that they capture together, and the tensor projected on all but the last.
+    """
+    bases: dict[int, _Basis] = {}
+    captured = math.inf
     for axis in sorted(sizes, key=lambda axis: sizes[axis] / work.shape[axis]):
-        bases[axis], _ = _leading(mode_gram(work, axis), sizes[axis])
-        work = _project(work, {axis: bases[axis].kept})
-    return _Fit(bases, work)
+        work = _project(work, {before: basis.kept for before, basis in list(bases.items())[-1:]})
+        bases[axis], captured = _leading(mode_gram(work, axis), sizes[axis])
+    return bases, captured, work
 
 
 def _hooi(work: Tensor, bases: dict[int, _Basis], total: float, iterations: int, tolerance: float) -> _Fit:
