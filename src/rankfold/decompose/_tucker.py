@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -33,6 +33,8 @@ METHODS = ("hooi", "hosvd")
 CANCELLED = 1e-2
 # An error above this is not of the making of float32.
 TRUSTED = 3e-3
+# What a sweep lowers the error by is seen in float32 down to this.
+RESOLVED = 1e-6
 
 
 def tucker(
@@ -59,9 +61,8 @@ def tucker(
         method: "hooi", or "hosvd" for the start alone.
         iterations: most HOOI sweeps.
         tolerance: the sweeps end when one lowers the relative error by less than this.
-        dtype: to compute in, torch.float64 or torch.float32; sweeps in float64 may start from a HOSVD in float32.
-            By default float64, except for a tensor given in float32 or less whose error is far above what float32
-            resolves.
+        dtype: to compute in, torch.float64 or torch.float32. By default the bases are found in float32 where the error
+            is far above what that resolves, else in float64; the core of a tensor in float64 is always float64's.
 
     Returns:
         The core and the factors in the dtype and on the device of the tensor; the error is that before rounding to it.
@@ -80,8 +81,8 @@ def tucker(
         >>> tuple(f.core.shape), f.error < 1e-5
         ((2, 2, 4), True)
     """
-    quick = dtype is None and tensor.dtype != torch.float64
-    work = working_copy(tensor, torch.float32 if quick else dtype or torch.float64)
+    narrow = dtype is None and tolerance >= RESOLVED
+    work = working_copy(tensor, torch.float32 if narrow and tensor.dtype != torch.float64 else dtype or torch.float64)
     chosen = _check_modes(work, modes)
     ranks = _check_ranks(work, rank, chosen)
     if method not in METHODS:
@@ -89,9 +90,9 @@ def tucker(
     if iterations < 0:
         raise DecompositionError(f"iterations is 0 or more, not {iterations}")
     sweeps = iterations if method == "hooi" else 0
-    found = _decompose(work, chosen, ranks, sweeps, tolerance)
-    if quick and found.error < TRUSTED:
-        found = _decompose(work.double(), chosen, ranks, sweeps, tolerance)
+    found = _decompose(work, chosen, ranks, torch.float32 if narrow else work.dtype, sweeps, tolerance)
+    if narrow and found.error < TRUSTED:
+        found = _decompose(work.double(), chosen, ranks, torch.float64, sweeps, tolerance)
     factors = tuple(in_dtype(factor, tensor.dtype) for factor in found.factors)
     return replace(found, core=in_dtype(found.core, tensor.dtype), factors=factors)
 
@@ -157,28 +158,26 @@ def _check_ranks(tensor: Tensor, rank: object, modes: tuple[int, ...]) -> list[i
 
 @dataclass(frozen=True, eq=False)
 class _Basis:
-    """An orthonormal basis of a mode: the directions that are kept, and the others."""
+    """An orthonormal basis of a mode: the directions that are kept, and the others, made only where asked for."""
 
     kept: Float[Tensor, "dim rank"]
-    rest: Float[Tensor, "dim others"]
+    rest: Callable[[], Tensor]  # (dim, others)
 
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
     """Bases by axis, the core that belongs to them, the sweeps done, and whether the error had settled."""
 
-    bases: dict[int, _Basis]
+    bases: dict[int, Tensor]
     core: Tensor
     sweeps: int = 0
     converged: bool = True
 
-    def error(self, total: float) -> float:
-        """Return the relative error from the energy that the core has."""
-        return relative(total - squared_norm(self.core), total)
 
-
-def _decompose(work: Tensor, modes: tuple[int, ...], ranks: list[int], iterations: int, tolerance: float) -> Tucker:
-    """Return the decomposition in the dtype of `work`."""
+def _decompose(  # noqa: PLR0913 (the arguments of `tucker`, checked)
+    work: Tensor, modes: tuple[int, ...], ranks: list[int], dtype: torch.dtype, iterations: int, tolerance: float
+) -> Tucker:
+    """Return the decomposition in the dtype of `work`, with bases found in `dtype`."""
     scale = safe_scale(work)
     work = work if scale == 1 else work / scale
     total = squared_norm(work)
@@ -186,17 +185,21 @@ def _decompose(work: Tensor, modes: tuple[int, ...], ranks: list[int], iteration
     arranged = work.permute(layout).contiguous()
     sizes = {layout.index(mode): rank for mode, rank in zip(modes, ranks, strict=True) if rank < work.shape[mode]}
     if iterations and len(sizes) > 1:  # with one mode truncated, its leading eigenvectors are already the best
-        fit = _hooi(arranged, _start(arranged, sizes, total), total, iterations, tolerance)
+        fit = _hooi(arranged.to(dtype), sizes, total, iterations, tolerance)
     else:
-        fit = _hosvd(arranged, sizes)
-    kept, core = {}, fit.core
-    for axis, basis in fit.bases.items():
-        kept[axis], rows = fix_signs(_polished(basis.kept), unfold(core, axis))
+        fit = _hosvd(arranged.to(dtype), sizes)
+    bases, core = {axis: _polished(basis.to(work.dtype)) for axis, basis in fit.bases.items()}, fit.core
+    if dtype != work.dtype:
+        bases = {axis: _polished(basis) for axis, basis in bases.items()}
+        core = _project(arranged, bases)
+    for axis, basis in bases.items():
+        bases[axis], rows = fix_signs(basis, unfold(core, axis))
         core = fold(rows, axis, core.shape)
+    error = relative(total - squared_norm(core), total)
     core = core.permute(*(layout.index(mode) for mode in range(work.ndim))).contiguous()
     eye = partial(torch.eye, dtype=work.dtype, device=work.device)
-    factors = tuple(kept[axis] if (axis := layout.index(mode)) in kept else eye(work.shape[mode]) for mode in modes)
-    found = Tucker(core, factors, modes, fit.error(total), fit.sweeps, fit.converged)
+    factors = tuple(bases[axis] if (axis := layout.index(mode)) in bases else eye(work.shape[mode]) for mode in modes)
+    found = Tucker(core, factors, modes, error, fit.sweeps, fit.converged)
     if found.error**2 <= CANCELLED:
         found = replace(found, error=relative_difference(work, found.to_dense()))
     return replace(found, core=core * scale)
@@ -212,7 +215,7 @@ def _layout(work: Tensor, modes: tuple[int, ...], ranks: list[int]) -> list[int]
 def _leading(gram: Float[Tensor, "dim dim"], rank: int) -> tuple[_Basis, float]:
     """Return the leading eigenvectors of a Gram matrix, in descending order, and the energy they capture."""
     values, vectors = torch.linalg.eigh(gram)
-    basis = _Basis(torch.flip(vectors[:, -rank:], (1,)), vectors[:, :-rank].contiguous())
+    basis = _Basis(torch.flip(vectors[:, -rank:], (1,)), lambda: vectors[:, :-rank])
     return basis, float(values[-rank:].double().sum())
 
 
@@ -222,17 +225,17 @@ def _turned(gram: Float[Tensor, "dim dim"], basis: _Basis) -> tuple[_Basis, floa
     Every pair of a kept and another direction is turned by its Jacobi angle, all pairs at once; the error of the
     subspace is squared, by matrix products alone. Where that captures less than before, the eigenvectors are computed.
     """
-    image = gram @ basis.kept
+    image, rest = gram @ basis.kept, basis.rest()
     energies = (basis.kept * image).sum(0)
-    gaps = energies - (basis.rest * (gram @ basis.rest)).sum(0)[:, None]
-    half = basis.rest.T @ image
+    gaps = energies - (rest * (gram @ rest)).sum(0)[:, None]
+    half = rest.T @ image
     gaps = gaps.clamp_min(0) / 2
     turn = half / (gaps + torch.hypot(gaps, half)).clamp_min(torch.finfo(half.dtype).tiny)  # tangents, at most 1
-    kept = _orthonormal(basis.kept + basis.rest @ turn)
+    kept = _orthonormal(basis.kept + rest @ turn)
     before, captured = (float(x.double().sum()) for x in (energies, kept * (gram @ kept)))
     if captured < before * (1 - torch.finfo(gram.dtype).eps):
         return _leading(gram, kept.shape[1])
-    return _Basis(kept, _orthonormal(basis.rest - basis.kept @ turn.T)), captured
+    return _Basis(kept, lambda: _orthonormal(rest - basis.kept @ turn.T)), captured
 
 
 def _orthonormal(columns: Float[Tensor, "dim rank"]) -> Float[Tensor, "dim rank"]:
@@ -254,45 +257,42 @@ def _project(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     return tensor
 
 
-def _start(work: Tensor, sizes: Mapping[int, int], total: float) -> dict[int, _Basis]:
-    """Return where sweeps begin: the bases of the HOSVD, in float32 where that resolves its error."""
-    bases, captured, _ = _nested(work.float(), sizes)
-    if work.dtype == torch.float64 and relative(total - captured, total) < TRUSTED:
-        bases, _, _ = _nested(work, sizes)
-    return {axis: _Basis(basis.kept.to(work), basis.rest.to(work)) for axis, basis in bases.items()}
-
-
 def _hosvd(work: Tensor, sizes: Mapping[int, int]) -> _Fit:
     """Return the sequentially truncated HOSVD."""
-    bases, _, rest = _nested(work, sizes)
-    return _Fit(bases, _project(rest, {axis: basis.kept for axis, basis in list(bases.items())[-1:]}))
+    found, rest = _nested(work, sizes)
+    bases = {axis: basis.kept for axis, basis in found.items()}
+    return _Fit(bases, _project(rest, dict(list(bases.items())[-1:])))
 
 
-def _nested(work: Tensor, sizes: Mapping[int, int]) -> tuple[dict[int, _Basis], float, Tensor]:
+def _nested(work: Tensor, sizes: Mapping[int, int]) -> tuple[dict[int, _Basis], Tensor]:
     """Return bases, each of the tensor projected on those before, the strongest reduction first.
 
-    With them the energy that they capture together, and the tensor projected on all but the last.
+    With them the tensor projected on all but the last.
     """
     bases: dict[int, _Basis] = {}
-    captured = math.inf
     for axis in sorted(sizes, key=lambda axis: sizes[axis] / work.shape[axis]):
         work = _project(work, {before: basis.kept for before, basis in list(bases.items())[-1:]})
-        bases[axis], captured = _leading(mode_gram(work, axis), sizes[axis])
-    return bases, captured, work
+        bases[axis], _ = _leading(mode_gram(work, axis), sizes[axis])
+    return bases, work
 
 
-def _hooi(work: Tensor, bases: dict[int, _Basis], total: float, iterations: int, tolerance: float) -> _Fit:
-    """Return the bases improved by sweeps over the modes, each against the tensor projected on all others."""
-    last, error = list(bases)[-1], math.inf
+def _hooi(work: Tensor, sizes: Mapping[int, int], total: float, iterations: int, tolerance: float) -> _Fit:
+    """Return the bases of the HOSVD improved by sweeps over the modes, each against the tensor projected on all others.
+
+    Products are freed before the next is made: memory fresh from the system costs as much as the product.
+    """
+    bases, _ = _nested(work, sizes)
+    last, error, projected = list(bases)[-1], math.inf, work
     for sweep in range(1, iterations + 1):
         for axis, basis in bases.items():
+            projected = work
             projected = _project(work, {other: found.kept for other, found in bases.items() if other != axis})
-            gram = mode_gram(projected, axis)
             # the HOSVD has seen all other modes truncated in the last one only: its other bases are far off
             far = sweep == 1 and axis != last
+            gram = mode_gram(projected, axis)
             bases[axis], captured = _leading(gram, basis.kept.shape[1]) if far else _turned(gram, basis)
         before, error = error, relative(total - captured, total)
         if before - error < tolerance:
             break
-    core = _project(projected, {last: bases[last].kept})
-    return _Fit(bases, core, sweep, before - error < tolerance)
+    kept = {axis: basis.kept for axis, basis in bases.items()}
+    return _Fit(kept, _project(projected, {last: kept[last]}), sweep, before - error < tolerance)

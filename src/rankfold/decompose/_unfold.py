@@ -179,7 +179,7 @@ def relative(squared: float, total: float) -> float:
 def squared_norm(tensor: Tensor) -> float:
     """Return the squared Frobenius norm, summed in float64, a few rows at a time to stay in the cache."""
     rows = tensor.reshape(tensor.shape[0], -1)
-    some = max(1, 2**18 // rows.shape[1])
+    some = max(1, 2**15 // rows.shape[1])
     parts = (rows[start : start + some] for start in range(0, rows.shape[0], some))
     return math.fsum(float(torch.linalg.vector_norm(part.double())) ** 2 for part in parts)
 
