@@ -139,7 +139,7 @@ def row_gram(rows: Float[Tensor, "dim rest"]) -> Float[Tensor, "dim dim"]:
                 [3., 3.]])
     """
     dim = rows.shape[0]
-    if dim < 256:
+    if dim < 128:
         return rows @ rows.T
     upper, lower = rows[: dim // 2], rows[dim // 2 :]
     corner = lower @ upper.T
