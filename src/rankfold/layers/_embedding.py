@@ -131,13 +131,6 @@ class LowRankEmbedding(MatrixLayer):
         """
         return TiedHead(self, bias)
 
-    def extra_repr(self) -> str:
-        """Return the sizes, the rank, and the options that differ from their defaults."""
-        text = f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
-        for name, default in {"padding_idx": None, "scale_grad_by_freq": False, "sparse": False}.items():
-            text += f", {name}={getattr(self, name)}" if getattr(self, name) != default else ""
-        return text
-
     @classmethod
     def variants(cls, dense: nn.Module) -> tuple[Options, ...]:
         """Return the one set of no options, where some rank has fewer parameters than the dense layer."""
@@ -155,7 +148,7 @@ class LowRankEmbedding(MatrixLayer):
     @classmethod
     def from_dense(cls, dense: nn.Module, *, rank: Rank, seed: int = 0) -> Self:
         """Decompose the table in float64; keeps options, dtype, device, mode and requires_grad."""
-        layer = cls._hollow(dense, rank, None)
+        layer = cls._hollow(dense, rank, None, {})
         decompose_into(layer, dense, rows=layer.down.weight, columns=layer.up.weight.T, seed=seed)
         if layer.padding_idx is not None and not bool(dense.weight[layer.padding_idx].any()):  # type: ignore[index]
             copy_(layer._padding_row(), torch.zeros(()))  # exactly, and not to rounding

@@ -99,13 +99,6 @@ class LowRankLinear(MatrixLayer):
         fill(dense, self.weight, self.bias)
         return dense
 
-    def extra_repr(self) -> str:
-        """Return the sizes and the rank."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, rank={self.rank}"
-        )
-
     @classmethod
     def variants(cls, dense: nn.Module) -> tuple[Options, ...]:
         """Return the one set of no options, where some rank has fewer parameters than the dense layer."""
@@ -123,7 +116,7 @@ class LowRankLinear(MatrixLayer):
     @classmethod
     def from_dense(cls, dense: nn.Module, *, rank: Rank, seed: int = 0) -> Self:
         """Decompose the weight in float64; keeps dtype, device, mode and requires_grad."""
-        layer = cls._hollow(dense, rank, None)
+        layer = cls._hollow(dense, rank, None, {})
         decompose_into(layer, dense, columns=layer.down.weight, rows=layer.up.weight, seed=seed)
         copy_(layer.bias, getattr(dense, "bias", None))
         return layer

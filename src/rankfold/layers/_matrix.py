@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.decompose import singular_values, svd
-from rankfold.layers._build import Device, check_type, copy_, finite_weight, hollow, seeded
+from rankfold.layers._build import check_type, copy_, finite_weight
 from rankfold.layers._contract import Options, Rank, Spectrum
 from rankfold.layers._ranks import CANDIDATES, break_even, check_rank, spread, tail_errors
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from rankfold.layers._twin import TwinLayer
 
 
-class MatrixLayer(nn.Module):
+class MatrixLayer(TwinLayer):
     """A layer whose weight is the product of two factors, `down` then `up`; the final classes say how it is applied."""
 
     method: ClassVar[str] = "svd"
-    dense_type: ClassVar[type[nn.Module]]
     up: nn.Linear
-
-    @staticmethod
-    @abstractmethod
-    def _arguments(dense: Any) -> dict[str, Any]:
-        """Return the constructor's arguments of a dense layer, without device and dtype."""
-
-    @abstractmethod
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw fresh values with the output variance of a fresh dense layer."""
 
     @property
     def rank(self) -> Rank:
@@ -70,19 +57,6 @@ class MatrixLayer(nn.Module):
         weight = finite_weight(cls, dense, torch.float32)  # made float64 inside, once: a table may be half the model
         rows, columns = weight.shape
         return (Spectrum(singular_values(weight), (rows, columns)),)
-
-    @classmethod
-    def like(cls, dense: nn.Module, *, rank: Rank, seed: int = 0, device: torch.device | str | None = None) -> Self:
-        """Return a layer with the shape and options of `dense` and fresh values."""
-        layer = cls._hollow(dense, rank, device)
-        layer.reset_parameters(seeded(seed))
-        return layer
-
-    @classmethod
-    def _hollow(cls, dense: nn.Module, rank: Rank, device: Device) -> Self:
-        """Return the layer without values, on the device of `dense` unless told another."""
-        check_type(cls, dense, cls.dense_type)
-        return hollow(cls, dense, {**cls._arguments(dense), "rank": rank}, device)
 
 
 def _sides(dense: Any) -> tuple[int, int]:
