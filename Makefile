@@ -1,6 +1,7 @@
 # One gate, guessable words. `make demo` and `make test` do all the set-up on a fresh machine.
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: help demo test lint types format docs bench clean
@@ -28,8 +29,8 @@ demo: $(VENV)/.demo  ## train a small network on handwritten digits, compress it
 	$(BIN)/rankfold demo
 
 test: $(VENV)/.dev  ## run the fast tests, then the slow ones
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
 
 lint: $(VENV)/.dev  ## check style and formatting
 	$(BIN)/ruff check .

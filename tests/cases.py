@@ -32,6 +32,14 @@ FORMS = [
     (layers.TTConv1d, {}),
     (layers.TTConv2d, {}),
     (layers.TTConv3d, {}),
+    (layers.BTTLinear, {}),
+    (layers.KroneckerLinear, {}),
+    (layers.TRLinear, {}),
+    (layers.SVDLinear, {}),
+    (layers.SVDConv1d, {"split": "channel"}),
+    (layers.SVDConv2d, {"split": "channel"}),
+    (layers.SVDConv2d, {"split": "spatial"}),
+    (layers.SVDConv3d, {"split": "spatial"}),
 ]
 
 

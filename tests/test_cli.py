@@ -130,18 +130,28 @@ def test_every_option_of_the_planner_arrives(monkeypatch):
     monkeypatch.setattr(_commands, "make_plan", spy)
     done(
         *("plan", "shop:model", *SIZES, "--params", "0.5", "--methods", "cp, tt", "--rule", "uniform"),
-        *("--include", "0", "--include", "3", "--exclude", "4", "--multiple", "4", "--seed", "7"),
+        *("--include", "0", "--include", "3", "--exclude", "4", "--multiple", "4", "--seed", "7", "--init", "random"),
     )
     assert seen.pop("stats").batch_size == 2
     assert seen == {
         "budget": rankfold.planning.Budget(params=0.5),
         "methods": ("cp", "tt"),
         "rule": "uniform",
+        "init": "random",
         "include": ("0", "3"),
         "exclude": ("4",),
         "multiple": 4,
         "seed": 7,
     }
+
+
+def test_a_plan_to_train_from_scratch_reads_no_weights():
+    words = ["shop:model", *SIZES, "--params", 0.5, "--init", "random"]
+    done = run("plan", *words, "--rule", "uniform", "--out", "scratch.json")
+    assert done.exit_code == 0, done.output
+    assert "error: unknown" in done.stdout
+    assert any(choice.method != "dense" for choice in Plan.from_json(Path("scratch.json").read_text()).layers.values())
+    assert "reads the weights" in run("plan", *words).stderr
 
 
 def test_compress_saves_the_model_and_its_report(shop):

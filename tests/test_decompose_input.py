@@ -5,7 +5,19 @@ import math
 import pytest
 import torch
 
-from rankfold.decompose import cp, singular_values, svd, tensor_train, tt_matrix, tucker, tucker_errors
+from rankfold.decompose import (
+    block_singular_values,
+    block_tensor_train,
+    cp,
+    kronecker_sum,
+    singular_values,
+    svd,
+    tensor_ring,
+    tensor_train,
+    tt_matrix,
+    tucker,
+    tucker_errors,
+)
 from rankfold.errors import DecompositionError, RankfoldError
 
 CALLS = {
@@ -16,8 +28,12 @@ CALLS = {
     "tucker_errors": lambda x: tucker_errors(x),
     "tensor_train": lambda x, rank=1: tensor_train(x, rank),
     "tt_matrix": lambda x, rank=1: tt_matrix(x, (2, 2), (2, 3), rank),
+    "block_tensor_train": lambda x, rank=1: block_tensor_train(x, (2, 2), (2, 3), rank),
+    "block_singular_values": lambda x: block_singular_values(x, (2, 2), (2, 3)),
+    "kronecker_sum": lambda x, rank=1: kronecker_sum(x, (2, 2), (2, 3), rank),
+    "tensor_ring": lambda x, rank=1: tensor_ring(x, rank),
 }
-RANKED = ("svd", "cp", "tucker", "tensor_train", "tt_matrix")
+RANKED = ("svd", "cp", "tucker", "tensor_train", "tt_matrix", "block_tensor_train", "kronecker_sum", "tensor_ring")
 ROWS, COLUMNS = 4, 6
 TENSORS = {
     "nan": (lambda: torch.full((ROWS, COLUMNS), math.nan), "NaN or Inf"),
@@ -45,7 +61,7 @@ def test_ranks_outside_one_to_full_are_refused(name, rank):
     assert str(rank) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["svd", "singular_values", "tt_matrix"])
+@pytest.mark.parametrize("name", ["svd", "singular_values", "tt_matrix", "block_tensor_train", "kronecker_sum"])
 def test_batches_of_matrices_are_refused(name):
     with pytest.raises(DecompositionError) as caught:
         CALLS[name](torch.ones(2, ROWS, COLUMNS))

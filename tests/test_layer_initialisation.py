@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import AXES, FORM_IDS, FORMS, dense_layers, part_of
+from cases import AXES, FORM_IDS, FORMS, dense_layers, form_name, part_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -15,6 +15,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Using padding='same' with even kernel"
 )  # torch's own, of the dense layer
 forms = pytest.mark.parametrize(("layer", "options"), FORMS, ids=FORM_IDS)
+# the values of an SVD form are in the weight of its first stage, which is therefore not called as a module
+CHAINS = [form for form in FORMS if form[0].method != "svd_form"]
 DRAWS = 16
 SHARES = {"smallest": 0.0, "half": 0.5, "full": 1.0}
 
@@ -54,7 +56,7 @@ def test_output_variance_is_the_dense_layers(layer, options, share, groups, bias
     assert mean_square(built, x) == pytest.approx(mean_square(dense, x), rel=0.2)
 
 
-@forms
+@pytest.mark.parametrize(("layer", "options"), CHAINS, ids=map(form_name, CHAINS))
 @pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
 def test_activations_inside_stay_near_one(layer, options, share):
     """Half precision and gradients suffer where a chain shrinks in one stage what it blows up in another."""

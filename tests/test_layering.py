@@ -25,7 +25,17 @@ SIBLINGS = {  # the imports within a storey that the architecture allows
     "cli": {"demo"},
     "__main__": {"cli"},
 }
-OPTIONAL = {"matplotlib", "onnx", "onnxruntime", "onnxscript", "torchvision", "timm", "transformers", "sklearn"}
+OPTIONAL = {
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "torchvision",
+    "timm",
+    "transformers",
+    "lightning",
+    "sklearn",
+}
 
 
 def room(path: Path) -> str:

@@ -87,8 +87,8 @@ def assert_same(model, wanted):
 @pytest.mark.parametrize(("kind", "method"), list(TABLE), ids=lambda x: getattr(x, "__name__", x))
 def test_every_layer_and_method_comes_back(kind, method, path):
     variants = TABLE[kind, method].variants(DENSE[kind]())
-    assert variants
-    for options in variants:
+    assert variants or method == "svd_form"  # a form to train in is planned for no budget
+    for options in variants or ({},):
         skeleton, plan = one_layer(kind, method, options)
         small = apply(skeleton, plan).eval()
         save(small, plan, path)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rankfold.planning import Budget, Plan, Select, plan
+from rankfold.planning import Budget, Init, Plan, Select, plan
 from rankfold.stats import measure
 from rankfold.surgery import apply
 
@@ -21,6 +21,7 @@ def compress(  # noqa: PLR0913
     budget: Budget | None = None,
     methods: str | Sequence[str] = ("svd", "tucker"),
     rule: str | Select = "optimal",
+    init: Init = "decompose",
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     multiple: int = 1,
@@ -36,6 +37,7 @@ def compress(  # noqa: PLR0913
         budget: fractions of the whole model to keep.
         methods: as in `plan`.
         rule: as in `plan`.
+        init: as in `plan` and `apply`.
         include: as in `plan`.
         exclude: as in `plan`.
         multiple: as in `plan`.
@@ -59,10 +61,11 @@ def compress(  # noqa: PLR0913
         stats=stats,
         methods=methods,
         rule=rule,
+        init=init,
         include=include,
         exclude=exclude,
         multiple=multiple,
         seed=seed,
         executor=executor,
     )
-    return apply(model, found, seed=seed, executor=executor), found
+    return apply(model, found, init=init, seed=seed, executor=executor), found

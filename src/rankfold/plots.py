@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from rankfold._atomic import atomic_path
 from rankfold.errors import RankfoldError
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 # Colours of Okabe and Ito (2008), told apart with any colour vision.
 COLOURS = {"dense": "#b8b8b8", "svd": "#0072b2", "cp": "#e69f00", "tucker": "#009e73", "tt": "#cc79a7"}
 OTHER = "#56b4e9"
+PANELS = 5  # of a row of spectra
+FLOOR = 1e-4  # of the largest value of a spectrum: what is below is drawn there
 INK, PLAIN, FAINT = "#333333", "#5a6b7b", "#dddddd"
 SETTINGS = {
     "font.size": 9,
@@ -94,6 +98,40 @@ def plot_plan(plan: Plan, path: str | Path) -> Path:
         _legend(errors, methods)
 
     return _draw(draw, path, lines=len(names))
+
+
+def plot_spectra(spectra: Sequence[Mapping[str, Tensor]], path: str | Path) -> Path:
+    """Draw the singular values of every layer over the epochs of a training, a panel per layer.
+
+    Args:
+        spectra: what `spectrum()` of a training method returned, epoch by epoch.
+        path: The picture to write; the suffix says which format (.png, .svg, .pdf).
+
+    Returns:
+        The path.
+
+    Raises:
+        RankfoldError: No spectrum at all, or matplotlib is missing or the suffix is none of its formats.
+    """
+    names = list(spectra[0]) if spectra else []
+    if not names:
+        raise RankfoldError("there is no spectrum to draw: collect run.spectrum() after each epoch")
+
+    def draw(figure: Figure) -> None:
+        rows = math.ceil(len(names) / PANELS)
+        panels = figure.subplots(rows, min(PANELS, len(names)), sharex=True, squeeze=False).ravel()
+        for panel, name in zip(panels, names, strict=False):
+            curves = [spectrum[name].clamp_min(FLOOR * float(spectrum[name][0])).tolist() for spectrum in spectra]
+            panel.plot(range(len(curves)), curves, color=COLOURS["svd"], linewidth=0.7, alpha=0.6)
+            panel.set_yscale("log")
+            panel.set_title(name or "the model", fontsize=8)
+            panel.tick_params(labelsize=7)
+        for panel in panels[len(names) :]:
+            panel.set_visible(False)
+        figure.supxlabel("epoch", fontsize=9)
+        figure.supylabel("singular value", fontsize=9)
+
+    return _draw(draw, path, lines=6 * math.ceil(len(names) / PANELS))
 
 
 def _draw(draw: Callable[[Figure], None], path: str | Path, *, lines: int) -> Path:

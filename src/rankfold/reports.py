@@ -23,7 +23,7 @@ from rankfold._modes import evaluating
 from rankfold.errors import LayerError, PlanError, RankfoldError
 from rankfold.latency import Latency, time_models
 from rankfold.layers import is_factorised, stock_twin
-from rankfold.planning import Choice, Plan
+from rankfold.planning import Choice, Plan, block_modules, is_block
 from rankfold.runtimes import Runtime
 from rankfold.stats import Stats, count_params, measure
 
@@ -195,7 +195,9 @@ def report(  # noqa: PLR0913
 
 def _check_names(plan: Plan, models: Mapping[str, nn.Module]) -> None:
     for which, model in models.items():
-        missing = plan.layers.keys() - {name for name, _ in model.named_modules(remove_duplicate=False)}
+        present = {name for name, _ in model.named_modules(remove_duplicate=False)}
+        wanted = {name.partition(":")[0] if is_block(choice) else name for name, choice in plan.layers.items()}
+        missing = wanted - present
         if missing:
             raise PlanError(
                 f"the model {which} compression has no layer {sorted(missing)[0]!r} ({len(missing)} of "
@@ -203,7 +205,31 @@ def _check_names(plan: Plan, models: Mapping[str, nn.Module]) -> None:
             )
 
 
+def _block_row(name: str, choice: Choice, models: Mapping[str, nn.Module], stats: Mapping[str, Stats]) -> LayerRow:
+    """Return the row of a layer that stands for a block: it has no weight to compare."""
+    blocks = [block_modules(model, name) for model in models.values()]
+    params = [sum(map(count_params, block.values())) for block in blocks]
+    first = name.partition(":")[0]
+    macs = [
+        sum(seen.macs for key, seen in one.layers.items() if key in block or key.startswith(f"{first}."))
+        for one, block in zip(stats.values(), blocks, strict=False)
+    ]
+    return LayerRow(
+        name=name,
+        method=choice.method,
+        rank=choice.rank,
+        options=dict(choice.options),
+        params=(params[0], params[1]),
+        macs=(macs[0], macs[1]) if stats else None,
+        predicted_error=choice.error,
+        weight_error=None,
+        reason=choice.reason or None,
+    )
+
+
 def _layer_row(name: str, choice: Choice, models: Mapping[str, nn.Module], stats: Mapping[str, Stats]) -> LayerRow:
+    if is_block(choice):
+        return _block_row(name, choice, models, stats)
     dense, now = (model.get_submodule(name) for model in models.values())
     return LayerRow(
         name=name,

@@ -15,7 +15,7 @@ from rankfold._batches import device_of
 from rankfold._tensorfile import read_tensors, read_texts, write_tensors
 from rankfold.errors import PlanError, RankfoldError, StoreError
 from rankfold.layers import is_factorised
-from rankfold.planning import Choice, Plan
+from rankfold.planning import Choice, Plan, block_difference, is_block
 from rankfold.surgery import apply
 
 PLAN, FORMAT, WRITER = "rankfold", "rankfold_format", "rankfold_version"  # the entries of the header
@@ -142,12 +142,12 @@ def _check_plan(model: nn.Module, plan: Plan) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     planned = set()
     for name, choice in plan.layers.items():
-        if name not in modules:
+        if name not in modules and not is_block(choice):
             raise PlanError(f"the plan names a layer {name!r} that the model does not have")
-        problem = _difference(modules[name], choice)
+        problem = block_difference(modules, name, choice) if is_block(choice) else _difference(modules[name], choice)
         if problem:
             raise PlanError(f"layer {name!r} is not what the plan says: {problem}; save with the plan it was made from")
-        planned.add(id(modules[name]))
+        planned.add(id(modules[name.partition(":")[0] if is_block(choice) else name]))
     for name, module in modules.items():
         if is_factorised(module) and id(module) not in planned:
             raise PlanError(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from rankfold.errors import LayerError, PlanError, RankfoldError
 from rankfold.layers import (
@@ -23,10 +23,22 @@ from rankfold.layers import (
     refusal,
     stock_twin,
 )
-from rankfold.planning import Choice, Plan, layer_seed, near, run, structural_refusals
+from rankfold.planning import (
+    INITS,
+    Choice,
+    Init,
+    Plan,
+    block_modules,
+    fresh_block,
+    is_block,
+    layer_seed,
+    near,
+    run,
+    stand_ins,
+    structural_refusals,
+    without_values,
+)
 from rankfold.stats import walk
-
-Init = Literal["decompose", "random"]
 
 # The fused inference path reads `linear1.weight`, which a factorised layer rebuilds at every read: right but slow.
 # Where one is inside, these flags are switched off.
@@ -76,20 +88,39 @@ def apply(
         >>> small[0].rank, model[0].weight.shape
         (8, torch.Size([64, 64]))
     """
-    if init not in ("decompose", "random"):
+    if init not in INITS:
         raise PlanError(f"init={init!r} is neither 'decompose' nor 'random'")
     layers = dict(walk(model))
     jobs = _checked(model, layers, plan, init, seed)
-    _refuse_captured(model, {id(layers[job.name]) for job in jobs})
+    blocks = _blocks(model, plan, init, seed)
+    _refuse_captured(model, {id(layers[job.name]) for job in jobs} | blocks.keys())
     built = run(_build, jobs, executor=executor, description="Building layers")
-    return _copy_with(model, {id(layers[job.name]): new for job, new in zip(jobs, built, strict=True)})
+    return _copy_with(model, blocks | {id(layers[job.name]): new for job, new in zip(jobs, built, strict=True)})
 
 
-def densify(model: nn.Module) -> nn.Module:
+def replace_block(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
+    """Return a new model in which one layer stands for the block "first:last"; the model itself is not changed.
+
+    The layer takes the place of the first module, and identities that of the others.
+
+    Raises:
+        PlanError: the model has no such block.
+        LayerError: the model can't be copied together with its new layer.
+    """
+    new = stand_ins(model, name, layer)
+    _refuse_captured(model, set(new))
+    return _copy_with(model, new)
+
+
+def densify(model: nn.Module, *, methods: str | Collection[str] = ()) -> nn.Module:
     """Return a new model in which every factorised layer is the stock layer that computes the same function.
 
     The head of a low-rank embedding (`LowRankEmbedding.tied_head`) becomes an `nn.Linear` tied to the embedding's
     weight. The model itself is not changed.
+
+    Args:
+        model: any module.
+        methods: the methods whose layers become dense again, such as "svd_form"; all of them if empty.
 
     Raises:
         LayerError: the model can't be copied together with its new layers.
@@ -100,7 +131,9 @@ def densify(model: nn.Module) -> nn.Module:
         >>> type(densify(small)[0]).__name__
         'Linear'
     """
-    dense = {id(layer): _dense(layer) for _, layer in walk(model) if is_factorised(layer)}
+    wanted = (methods,) if isinstance(methods, str) else methods
+    found = [layer for _, layer in walk(model) if is_factorised(layer)]
+    dense = {id(layer): _dense(layer) for layer in found if not wanted or layer.method in wanted}
     tables = {id(m.down): dense[id(m)] for m in model.modules() if isinstance(m, LowRankEmbedding) and id(m) in dense}
     for head in model.modules():
         if isinstance(head, TiedHead):
@@ -122,6 +155,8 @@ def _checked(
     refused = structural_refusals(model)
     jobs = []
     for name, choice in plan.layers.items():
+        if is_block(choice):
+            continue
         if name not in layers:
             raise PlanError(f"the plan names a layer {name!r} that the model doesn't have{near(name, layers)}")
         if choice.method == "dense":
@@ -134,23 +169,34 @@ def _checked(
     return jobs
 
 
+def _blocks(model: nn.Module, plan: Plan, init: Init, seed: int) -> dict[int, nn.Module]:
+    """Return what takes the place of each module of the plan's blocks, by id."""
+    replaced: dict[int, nn.Module] = {}
+    for name, choice in plan.layers.items():
+        if not is_block(choice):
+            continue
+        if init != "random":
+            raise PlanError(
+                f"block {name!r}: a {choice.method} layer is found from data, which a plan does not hold: call "
+                "rankfold.train.decouple, or use init='random'"
+            )
+        block = block_modules(model, name)
+        planned = [key for key in block if key in plan.layers and plan.layers[key].method != "dense"]
+        if planned or replaced.keys() & {id(module) for module in block.values()}:
+            raise PlanError(f"block {name!r}: the plan replaces one of its modules twice: leave it out once")
+        layer: Any = fresh_block(model, name, choice)
+        layer.reset_parameters(torch.Generator().manual_seed(layer_seed(name, seed)))
+        replaced |= stand_ins(model, name, layer)
+    return replaced
+
+
 def _unfit(layer: nn.Module, init: Init) -> str | None:
     """Return why a layer on its own can't be replaced; a random initialisation doesn't look at its values."""
     if init == "random":
-        return refusal(_without_values(layer))
+        return refusal(without_values(layer))
     if any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
         return "its weight is on the meta device and has no values: use init='random'"
     return refusal(layer)
-
-
-def _without_values(layer: nn.Module) -> nn.Module:
-    """Return a shallow copy of a layer with its parameters on the meta device."""
-    twin = copy.copy(layer)
-    twin._parameters = {
-        key: p if p is None or is_lazy(p) else nn.Parameter(p.detach().to("meta"), requires_grad=False)
-        for key, p in layer._parameters.items()
-    }
-    return twin
 
 
 def _checked_job(name: str, layer: nn.Module, choice: Choice, init: Init, seed: int) -> _Replacement:

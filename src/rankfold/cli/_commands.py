@@ -17,12 +17,13 @@ from rankfold._atomic import atomic_path
 from rankfold._batches import batch_arguments
 from rankfold.cli import _options as o
 from rankfold.cli._sources import RANDOM, SourceError, called, example_of, fitting_input, fresh, function_of, model_of
+from rankfold.cli._svd_training import Outcome, Words, train_svd
 from rankfold.demo import demo as run_demo
 from rankfold.errors import DataError
 from rankfold.exporters import export as export_model
 from rankfold.planning import Budget, Plan
 from rankfold.planning import plan as make_plan
-from rankfold.plots import plot_report
+from rankfold.plots import plot_report, plot_spectra
 from rankfold.reports import report as make_report
 from rankfold.stats import measure as measure_model
 from rankfold.store import load, read_plan, save
@@ -72,6 +73,7 @@ def plan(  # noqa: PLR0913
     include: o.Include = None,
     exclude: o.Exclude = None,
     multiple: o.Multiple = 1,
+    init: o.Init = "decompose",
     seed: o.Seed = 0,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE.json", help="Write the plan here.")] = None,
     force: o.Force = False,
@@ -82,8 +84,9 @@ def plan(  # noqa: PLR0913
     search = _search(params, macs, methods, rule, include, exclude, multiple)
     given = _input(example, dtype, data)
     source = model_of(model, weights, device)
-    _note_random(model, weights)
-    found = _planned(source, given, search, seed)
+    if init != "random":
+        _note_random(model, weights)
+    found = _planned(source, given, {**search, "init": init}, seed)
     if out is not None:
         with atomic_path(out) as unfinished:
             unfinished.write_text(found.to_json(), encoding="utf-8")
@@ -136,12 +139,13 @@ def compress(  # noqa: PLR0913
 
 
 def train(  # noqa: PLR0913
+    ctx: typer.Context,
     model: o.Model,
-    small: o.Small,
     data: Annotated[
         str, typer.Option("--data", metavar="package.module:function", help="A function that returns a loader.")
     ],
     out: Annotated[Path, typer.Option("--out", metavar="FILE.safetensors", help="The trained compressed model.")],
+    small: o.SmallOrNone = None,
     weights: o.Weights = None,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the data.")] = 1,
     lr: Annotated[float, typer.Option("--lr", min=0.0, help="Highest learning rate.")] = 1e-3,
@@ -150,13 +154,49 @@ def train(  # noqa: PLR0913
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", metavar="FILE", help="Written every epoch; resumed from if there.")
     ] = None,
+    svd: o.Split = None,
+    kind: o.Kind = "hoyer",
+    sparsity: o.Sparsity = 0.1,
+    orthogonality: o.Orthogonality = 1.0,
+    params: o.Params = None,
+    macs: o.Macs = None,
+    energy: o.Energy = None,
+    tune: o.Tune = 1,
+    example: o.Example = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the singular values.")] = None,
     device: o.Device = "cpu",
     seed: o.Seed = 0,
     force: o.Force = False,
     as_json: o.Json = False,
 ) -> None:
-    """Train a compressed model further, by default with the dense model as its teacher."""
+    """Train a compressed model further, or with --svd the dense one towards low rank and prune it.
+
+    By default the dense model is the teacher.
+    """
     fresh(out, force)
+    if svd is not None:
+        fresh(plot, force)
+        if small is not None:
+            raise SourceError("--svd trains the dense model: leave SMALL out")
+        source = model_of(model, weights, device)
+        _note_random(model, weights)
+        outcome = train_svd(
+            source,
+            lambda: called(data),
+            Words(svd, kind, sparsity, orthogonality, params, macs, energy, tune),
+            example=None if example is None else example_of(example, "float32"),
+            teacher=teacher,
+            epochs=epochs,
+            lr=lr,
+            evaluate=None if evaluate is None else function_of(evaluate),
+            checkpoint=checkpoint,
+            seed=seed,
+        )
+        _show_svd(outcome, out, plot, as_json)
+        return
+    _refuse_svd(ctx)
+    if small is None:
+        raise SourceError("name a compressed model to train further, or train the dense one with --svd spatial")
     dense, compressed, chosen = _pair(model, weights, small, device)
     if teacher:
         _note_random(model, weights)
@@ -176,6 +216,30 @@ def train(  # noqa: PLR0913
     else:
         Console().print(_history_table(history))
     _note(f"saved {out}")
+
+
+def _show_svd(outcome: Outcome, out: Path, plot: Path | None, as_json: bool) -> None:
+    """Save and show what came of SVD training."""
+    save(outcome.small, outcome.plan, out)
+    if plot is not None:
+        plot_spectra(outcome.spectra, plot)
+        _note(f"wrote {plot}")
+    if as_json:
+        histories = {"trained": outcome.trained, "tuned": outcome.tuned}
+        shown = {name: None if history is None else asdict(history) for name, history in histories.items()}
+        typer.echo(json.dumps({**shown, "plan": json.loads(outcome.plan.to_json())}))
+    else:
+        for history in (outcome.trained, outcome.tuned):
+            if history is not None:
+                Console().print(_history_table(history))
+        typer.echo(str(outcome.plan))
+    _note(f"saved {out}")
+
+
+def _refuse_svd(ctx: typer.Context) -> None:
+    for name in ("kind", "sparsity", "orthogonality", "params", "macs", "energy", "tune", "example", "plot"):
+        if _was_given(ctx, name):
+            raise SourceError(f"--{name} is for training in SVD form: add --svd spatial, or leave it out")
 
 
 def report(  # noqa: PLR0913
@@ -291,9 +355,13 @@ def _search(  # noqa: PLR0913
 
 def _refuse_search(ctx: typer.Context) -> None:
     for name in inspect.signature(_search).parameters:
-        source = ctx.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
+        if _was_given(ctx, name):
             raise SourceError(f"--plan already says what becomes of every layer: leave --{name} out")
+
+
+def _was_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _planned(source: nn.Module, given: dict[str, Any], search: dict[str, Any], seed: int) -> Plan:

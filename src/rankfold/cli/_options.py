@@ -9,6 +9,7 @@ import typer
 
 from rankfold.cli._sources import DTYPES
 from rankfold.runtimes import RUNTIMES
+from rankfold.train import KINDS
 
 Model: TypeAlias = Annotated[
     str,
@@ -19,6 +20,10 @@ Model: TypeAlias = Annotated[
 ]
 Small: TypeAlias = Annotated[
     Path, typer.Argument(metavar="SMALL", help="A compressed model that `rankfold compress` or `rankfold.save` wrote.")
+]
+SmallOrNone: TypeAlias = Annotated[
+    Path | None,
+    typer.Argument(metavar="[SMALL]", help="A compressed model to train further; none with --svd."),
 ]
 Weights: TypeAlias = Annotated[
     Path | None, typer.Option("--weights", metavar="FILE.safetensors", help="Weights of the dense model.")
@@ -45,7 +50,28 @@ Macs: TypeAlias = Annotated[
 Methods: TypeAlias = Annotated[
     str, typer.Option("--methods", metavar="LIST", help="Methods the planner may mix: svd, tucker, cp, tt.")
 ]
+Split: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--svd", metavar="SPLIT", help="Train the dense model in SVD form: spatial or channel; then prune."),
+]
+Kind: TypeAlias = Annotated[str, typer.Option("--kind", help=f"Penalty on singular values: {', '.join(KINDS)}.")]
+Sparsity: TypeAlias = Annotated[float, typer.Option("--sparsity", help="Weight of the penalty on singular values.")]
+Orthogonality: TypeAlias = Annotated[
+    float, typer.Option("--orthogonality", help="Weight of the penalty that keeps singular vectors orthonormal.")
+]
+Energy: TypeAlias = Annotated[
+    float | None,
+    typer.Option("--energy", metavar="SHARE", help="Prune to this share of each layer's squared singular values."),
+]
+Tune: TypeAlias = Annotated[int, typer.Option("--tune", min=0, help="Epochs of training after pruning.")]
 Rule: TypeAlias = Annotated[str, typer.Option("--rule", help="How ranks are chosen: optimal, uniform, energy, evbmf.")]
+Init: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--init",
+        help="What the plan is for: to decompose the weights, or random (from scratch; none is read, rule uniform).",
+    ),
+]
 Include: TypeAlias = Annotated[
     list[str] | None,
     typer.Option("--include", metavar="PATTERN", help="Only layers of this name or pattern (may be repeated)."),

@@ -240,6 +240,145 @@ class TTMatrix(_Chain):
         return paired.permute(axes).reshape(math.prod(self.out_shape), math.prod(self.in_shape))
 
 
+@dataclass(frozen=True, eq=False)
+class BTT:
+    """A matrix as a grid of blocks of low rank: block `(i, k)` is `left[i, k] @ right[i, k]`.
+
+    Attributes:
+        left: (blocks down, blocks across, rows of a block, rank).
+        right: (blocks down, blocks across, rank, columns of a block).
+        error: relative Frobenius error of `to_dense()` against the matrix.
+
+    Example:
+        >>> import torch
+        >>> f = BTT(torch.ones(2, 3, 5, 1), torch.ones(2, 3, 1, 4))
+        >>> f.rank, f.num_params, f.out_shape, f.in_shape, tuple(f.to_dense().shape)
+        (1, 54, (2, 5), (3, 4), (10, 12))
+    """
+
+    left: Float[Tensor, "down across m rank"]
+    right: Float[Tensor, "down across rank n"]
+    error: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        """The rank of every block."""
+        return self.left.shape[3]
+
+    @property
+    def out_shape(self) -> tuple[int, int]:
+        """Blocks down, and the rows of one."""
+        return self.left.shape[0], self.left.shape[2]
+
+    @property
+    def in_shape(self) -> tuple[int, int]:
+        """Blocks across, and the columns of one."""
+        return self.right.shape[1], self.right.shape[3]
+
+    @property
+    def num_params(self) -> int:
+        """Entries of all factors."""
+        return self.left.numel() + self.right.numel()
+
+    def to_dense(self) -> Float[Tensor, "out in"]:
+        """Return the matrix (product of `out_shape`, product of `in_shape`)."""
+        return (self.left @ self.right).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerSum:
+    """A matrix as a sum of Kronecker products, `W = sum_r left[r] ⊗ right[r]`.
+
+    Attributes:
+        left: (rank, m_1, n_1).
+        right: (rank, m_2, n_2).
+        error: relative Frobenius error of `to_dense()` against the matrix.
+
+    Example:
+        >>> import torch
+        >>> f = KroneckerSum(torch.ones(3, 2, 2), torch.ones(3, 5, 4))
+        >>> f.rank, f.num_params, f.out_shape, f.in_shape, tuple(f.to_dense().shape)
+        (3, 72, (2, 5), (2, 4), (10, 8))
+    """
+
+    left: Float[Tensor, "rank m1 n1"]
+    right: Float[Tensor, "rank m2 n2"]
+    error: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        """The number of terms."""
+        return self.left.shape[0]
+
+    @property
+    def out_shape(self) -> tuple[int, int]:
+        """The rows of a left and of a right factor."""
+        return self.left.shape[1], self.right.shape[1]
+
+    @property
+    def in_shape(self) -> tuple[int, int]:
+        """The columns of a left and of a right factor."""
+        return self.left.shape[2], self.right.shape[2]
+
+    @property
+    def num_params(self) -> int:
+        """Entries of all factors."""
+        return self.left.numel() + self.right.numel()
+
+    def to_dense(self) -> Float[Tensor, "out in"]:
+        """Return the matrix (product of `out_shape`, product of `in_shape`)."""
+        products = self.left.flatten(1).T @ self.right.flatten(1)
+        dims = (*self.left.shape[1:], *self.right.shape[1:])
+        return products.reshape(dims).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class TR:
+    """A tensor as a ring of cores: `X[i_1, ..., i_d] = trace(G_1[:, i_1] G_2[:, i_2] ... G_d[:, i_d])`.
+
+    Attributes:
+        cores: tensors (r, n, r') with matching neighbours; the last r' is the first r.
+        error: relative Frobenius error of `to_dense()` against the tensor.
+        iterations: sweeps of alternating least squares done.
+        converged: whether these stopped because the error no longer fell.
+
+    Example:
+        >>> import torch
+        >>> f = TR((torch.ones(2, 4, 3), torch.ones(3, 5, 2)))
+        >>> f.rank, f.num_params, f.shape, tuple(f.to_dense().shape)
+        ((2, 3), 54, (4, 5), (4, 5))
+    """
+
+    cores: tuple[Float[Tensor, "_ _ _"], ...]
+    error: float = 0.0
+    iterations: int = 0
+    converged: bool = True
+
+    @property
+    def rank(self) -> tuple[int, ...]:
+        """The bonds: first the one that closes the ring, then those between neighbouring cores."""
+        return tuple(core.shape[0] for core in self.cores)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's dims."""
+        return tuple(core.shape[1] for core in self.cores)
+
+    @property
+    def num_params(self) -> int:
+        """Entries of all cores."""
+        return sum(core.numel() for core in self.cores)
+
+    def to_dense(self) -> Tensor:
+        """Return the contracted ring."""
+        ring = self.cores[0].shape[0]
+        dense = self.cores[0].flatten(0, 1)  # ring n_1, r
+        for core in self.cores[1:-1]:
+            dense = (dense @ core.flatten(1)).reshape(-1, core.shape[2])
+        open_ends = dense.reshape(ring, -1, dense.shape[1]).transpose(0, 1).flatten(1)  # n_1 ..., ring r
+        return (open_ends @ self.cores[-1].permute(2, 0, 1).flatten(0, 1)).reshape(self.shape)
+
+
 def fix_signs(u: Float[Tensor, "m rank"], vh: Float[Tensor, "rank n"]) -> tuple[Tensor, Tensor]:
     """Return both with the entry of largest magnitude in each column of `u` made positive."""
     largest = u.gather(0, u.abs().argmax(0, keepdim=True))

@@ -325,7 +325,7 @@ def _triplets(left: Float[Tensor, "m rank"], rest: Float[Tensor, "rank n"]) -> T
 
 
 def _in_metric(matrix: Tensor, moment: Tensor, target: _Target, method: str, dtype: torch.dtype) -> SVD:
-    """Return the rank-r matrix closest in the metric of a second moment (ALGORITHMS 6.1, projection form)."""
+    """Return the rank-r matrix closest in the metric of a second moment."""
     work = working_copy(matrix, dtype, order=2)
     moment = _check_moment(moment, work)
     if method == "randomised":

@@ -26,8 +26,36 @@ def pair_modes(matrix: Tensor, out_shape: Sequence[int], in_shape: Sequence[int]
         >>> tuple(pair_modes(torch.ones(5, 12), (2, 3), (3, 4)).shape)
         (6, 12)
     """
+    matrix = _padded(matrix, out_shape, in_shape)
+    order = len(out_shape)
+    axes = [axis for k in range(order) for axis in (k, order + k)]
+    return (
+        matrix.reshape(*out_shape, *in_shape)
+        .permute(axes)
+        .reshape([m * n for m, n in zip(out_shape, in_shape, strict=True)])
+    )
+
+
+def two_modes(matrix: Tensor, out_shape: Sequence[int], in_shape: Sequence[int]) -> Tensor:
+    """Return a matrix with two modes of rows and two of columns, padded with zeros where the shapes exceed it.
+
+    Raises:
+        DecompositionError: not a matrix, shapes that are not two dims each, or too small for the matrix.
+
+    Example:
+        >>> import torch
+        >>> tuple(two_modes(torch.ones(5, 12), (2, 3), (3, 4)).shape)
+        (2, 3, 3, 4)
+    """
+    if len(out_shape) != 2 or len(in_shape) != 2:
+        raise DecompositionError(f"out_shape {tuple(out_shape)} and in_shape {tuple(in_shape)} must be two dims each")
+    return _padded(matrix, out_shape, in_shape).reshape(*out_shape, *in_shape)
+
+
+def _padded(matrix: Tensor, out_shape: Sequence[int], in_shape: Sequence[int]) -> Tensor:
+    """The matrix, checked, with as many rows and columns as the shapes have."""
     if matrix.ndim != 2:
-        raise DecompositionError(f"a TT-matrix is made from a matrix, not from a tensor of shape {tuple(matrix.shape)}")
+        raise DecompositionError(f"modes are folded from a matrix, not from a tensor of shape {tuple(matrix.shape)}")
     if len(out_shape) != len(in_shape) or not out_shape:
         raise DecompositionError(f"out_shape {tuple(out_shape)} and in_shape {tuple(in_shape)} must have equal lengths")
     for name, shape, size in (("out_shape", out_shape, matrix.shape[0]), ("in_shape", in_shape, matrix.shape[1])):
@@ -37,14 +65,8 @@ def pair_modes(matrix: Tensor, out_shape: Sequence[int], in_shape: Sequence[int]
     if (rows, columns) != tuple(matrix.shape):
         padded = matrix.new_zeros(rows, columns)
         padded[: matrix.shape[0], : matrix.shape[1]] = matrix
-        matrix = padded
-    order = len(out_shape)
-    axes = [axis for k in range(order) for axis in (k, order + k)]
-    return (
-        matrix.reshape(*out_shape, *in_shape)
-        .permute(axes)
-        .reshape([m * n for m, n in zip(out_shape, in_shape, strict=True)])
-    )
+        return padded
+    return matrix
 
 
 def bonds(shape: Sequence[int], rank: int | tuple[int, ...] | None) -> tuple[int, ...]:

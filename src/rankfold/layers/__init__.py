@@ -1,31 +1,52 @@
 """Factorised layers: the signature of the dense twin plus a rank; built, costed and undone without the model."""
 
-from rankfold.layers._contract import Call, Cost, FactorisedLayer, Spectrum
+from rankfold.layers._btt import BTTLinear
+from rankfold.layers._contract import Call, Cost, FactorisedLayer, Options, Spectrum
 from rankfold.layers._conv_cp import CPConv1d, CPConv2d, CPConv3d
 from rankfold.layers._conv_svd import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from rankfold.layers._conv_tucker import TuckerConv1d, TuckerConv2d, TuckerConv3d
 from rankfold.layers._embedding import LowRankEmbedding, TiedHead
+from rankfold.layers._fan_in import FanIns, fan_ins
+from rankfold.layers._flexible import BLOCKS, FlexibleActivation, FlexibleLinear
+from rankfold.layers._kronecker import KroneckerLinear
 from rankfold.layers._linear import LowRankLinear
 from rankfold.layers._refusal import factorisable, refusal, stock_twin
+from rankfold.layers._ring import TRLinear
+from rankfold.layers._svd_form import SVDForm, SVDLinear
+from rankfold.layers._svd_form_conv import SVDConv1d, SVDConv2d, SVDConv3d
 from rankfold.layers._table import TABLE, dense_cost, is_factorised, layer_class, methods_for
 from rankfold.layers._tt_conv import TTConv1d, TTConv2d, TTConv3d
 from rankfold.layers._tt_embedding import TTEmbedding
 from rankfold.layers._tt_linear import TTLinear
+from rankfold.layers._unfolding import folded, unfolded
 
 __all__ = [
+    "BLOCKS",
+    "BTTLinear",
     "CPConv1d",
     "CPConv2d",
     "CPConv3d",
     "Call",
     "Cost",
     "FactorisedLayer",
+    "FanIns",
+    "FlexibleActivation",
+    "FlexibleLinear",
+    "KroneckerLinear",
     "LowRankConv1d",
     "LowRankConv2d",
     "LowRankConv3d",
     "LowRankEmbedding",
     "LowRankLinear",
+    "Options",
+    "SVDConv1d",
+    "SVDConv2d",
+    "SVDConv3d",
+    "SVDForm",
+    "SVDLinear",
     "Spectrum",
     "TABLE",
+    "TRLinear",
     "TTConv1d",
     "TTConv2d",
     "TTConv3d",
@@ -37,9 +58,12 @@ __all__ = [
     "TuckerConv3d",
     "dense_cost",
     "factorisable",
+    "fan_ins",
+    "folded",
     "is_factorised",
     "layer_class",
     "methods_for",
     "refusal",
     "stock_twin",
+    "unfolded",
 ]

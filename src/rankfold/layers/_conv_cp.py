@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from rankfold.decompose import cp, cp_errors, full_cp_rank
 from rankfold.layers._build import Device
 from rankfold.layers._contract import Options
-from rankfold.layers._conv import ConvForm, ConvShape, FactorisedConv, Size, axis_parts
+from rankfold.layers._conv import ConvShape, Size, axis_parts
+from rankfold.layers._conv_layer import ConvForm, FactorisedConv
 from rankfold.layers._ranks import CANDIDATES, break_even, spread
 
 
@@ -90,16 +91,6 @@ def _factorise(kernel: Tensor, rank: int, *, seed: int, separable: bool = False)
     return (into.T.reshape(rank, -1, *pointwise), *depthwise, out.reshape(-1, rank, *pointwise))
 
 
-def _rebuild(parts: Sequence[Tensor], shape: ConvShape, *, separable: bool = False) -> Tensor:
-    axes = _parts(shape.kernel_size, separable)
-    down, *depthwise, up = parts
-    kernel = depthwise[0]  # (groups, rank, 1, kernel of the first part, others of extent one)
-    for other in depthwise[1 : len(axes)]:
-        kernel = kernel * other
-    inner = down.flatten(2).unsqueeze(3) * kernel.flatten(2).unsqueeze(2)  # (groups, rank, in, space)
-    return up.flatten(2) @ inner.flatten(2)
-
-
 def _squared_norm(parts: Sequence[Tensor]) -> Tensor:
     down, *depthwise, up = (part.flatten(2) for part in parts)
     gram = up.mT @ up
@@ -128,7 +119,6 @@ _FORM = ConvForm(
     variants=_variants,
     candidates=_candidates,
     factorise=_factorise,
-    rebuild=_rebuild,
     squared_norm=_squared_norm,
     errors=_errors,
     unfoldings=_unfoldings,

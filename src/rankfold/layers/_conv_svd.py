@@ -10,26 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.decompose import singular_values, svd
-from rankfold.errors import LayerError
 from rankfold.layers._build import Device
 from rankfold.layers._contract import Options
-from rankfold.layers._conv import ConvForm, ConvShape, FactorisedConv, Size, axis_parts
+from rankfold.layers._conv import ConvShape, Size, axis_parts
+from rankfold.layers._conv_layer import ConvForm, FactorisedConv
 from rankfold.layers._matrix import product_norm
 from rankfold.layers._ranks import CANDIDATES, break_even, spread, tail_errors
-
-SPLITS = ("channel", "spatial")
-
-
-def _axes(kernel_size: tuple[int, ...], split: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the axes of the kernel that the first and the second convolution carry."""
-    if split not in SPLITS:
-        raise LayerError(f"split={split!r} is not known; take one of {SPLITS}")
-    if split == "channel":
-        return tuple(range(len(kernel_size))), ()
-    if len(kernel_size) == 1:
-        raise LayerError("split='spatial' needs two axes of space, and a 1-D convolution has one; take 'channel'")
-    first, *rest = axis_parts(kernel_size)
-    return first, tuple(axis for part in rest for axis in part)
+from rankfold.layers._unfolding import axes_of, unfolded
 
 
 def _extent(shape: ConvShape, axes: tuple[int, ...]) -> int:
@@ -37,7 +24,7 @@ def _extent(shape: ConvShape, axes: tuple[int, ...]) -> int:
 
 
 def _stages(shape: ConvShape, rank: int, *, split: str = "channel") -> dict[str, ConvShape]:
-    first, second = _axes(shape.kernel_size, split)
+    first, second = axes_of(shape.kernel_size, split)
     width = rank * shape.groups
     return {
         "down": shape.stage((shape.in_channels, width), first, groups=shape.groups),
@@ -46,7 +33,7 @@ def _stages(shape: ConvShape, rank: int, *, split: str = "channel") -> dict[str,
 
 
 def _full_rank(shape: ConvShape, *, split: str = "channel") -> int:
-    first, second = _axes(shape.kernel_size, split)
+    first, second = axes_of(shape.kernel_size, split)
     rows, columns, *_ = shape.kernel_shape
     return min(rows * _extent(shape, second), columns * _extent(shape, first))
 
@@ -64,13 +51,11 @@ def _candidates(shape: ConvShape, multiple: int, *, split: str = "channel") -> t
 
 def _unfold(kernel: Tensor, split: str) -> Tensor:
     """Return the kernel as a matrix: (out, axes of the second stage) x (in, axes of the first)."""
-    first, second = _axes(tuple(kernel.shape[2:]), split)
-    order = (0, *(a + 2 for a in second), 1, *(a + 2 for a in first))
-    return kernel.permute(order).flatten(1 + len(second)).flatten(0, len(second))
+    return unfolded(kernel, split=split)[0]
 
 
 def _factorise(kernel: Tensor, rank: int, *, seed: int, split: str = "channel") -> tuple[Tensor, Tensor]:
-    first, second = _axes(tuple(kernel.shape[2:]), split)
+    first, second = axes_of(tuple(kernel.shape[2:]), split)
     left, right = svd(_unfold(kernel, split), rank, seed=seed).balanced()
     columns = [kernel.shape[a + 2] if a in first else 1 for a in range(kernel.ndim - 2)]
     rows = [kernel.shape[a + 2] if a in second else 1 for a in range(kernel.ndim - 2)]
@@ -82,15 +67,6 @@ def _matrices(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return (groups, out · second, rank) and (groups, rank, in · first): their product is the unfolding."""
     down, up = parts
     return up.flatten(3).transpose(2, 3).flatten(1, 2), down.flatten(2)
-
-
-def _rebuild(parts: Sequence[Tensor], shape: ConvShape, *, split: str = "channel") -> Tensor:
-    first, second = _axes(shape.kernel_size, split)
-    rows, columns, *kernel = shape.kernel_shape
-    left, right = _matrices(parts)
-    kernels = (left @ right).reshape(-1, rows, *(kernel[a] for a in second), columns, *(kernel[a] for a in first))
-    order = (0, 1, *(a + 3 for a in second), 2, *(a + 3 for a in first))
-    return kernels.permute([order.index(axis) for axis in range(len(order))])
 
 
 def _squared_norm(parts: Sequence[Tensor]) -> Tensor:
@@ -111,7 +87,6 @@ _FORM = ConvForm(
     variants=_variants,
     candidates=_candidates,
     factorise=_factorise,
-    rebuild=_rebuild,
     squared_norm=_squared_norm,
     errors=_errors,
     unfoldings=_unfoldings,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from rankfold.decompose import tucker, tucker_errors
 from rankfold.layers._build import Device
 from rankfold.layers._contract import Options
-from rankfold.layers._conv import ConvForm, ConvShape, FactorisedConv, Size
+from rankfold.layers._conv import ConvShape, Size
+from rankfold.layers._conv_layer import ConvForm, FactorisedConv
 from rankfold.layers._ranks import CANDIDATES_PER_AXIS, spread_to_full
 
 Pair = tuple[int, int]
@@ -56,12 +57,6 @@ def _factorise(kernel: Tensor, rank: Pair, *, seed: int) -> tuple[Tensor, Tensor
     return down.reshape(*down.shape, *pointwise), result.core / scale**2, up.reshape(*up.shape, *pointwise)
 
 
-def _rebuild(parts: Sequence[Tensor], shape: ConvShape) -> Tensor:
-    down, core, up = (part.flatten(3) for part in parts)
-    left = torch.einsum("gto,goik->gtik", up.squeeze(3), core)
-    return torch.einsum("gtik,gis->gtsk", left, down.squeeze(3)).reshape(-1, *shape.kernel_shape)
-
-
 def _squared_norm(parts: Sequence[Tensor]) -> Tensor:
     down, core, up = (part.flatten(3) for part in parts)
     up, down = up.squeeze(3), down.squeeze(3)
@@ -84,7 +79,6 @@ _FORM = ConvForm(
     variants=_variants,
     candidates=_candidates,
     factorise=_factorise,
-    rebuild=_rebuild,
     squared_norm=_squared_norm,
     errors=_errors,
     unfoldings=_unfoldings,

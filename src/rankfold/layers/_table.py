@@ -10,13 +10,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankfold.errors import LayerError
+from rankfold.layers._btt import BTTLinear
 from rankfold.layers._contract import Call, Cost, FactorisedLayer
 from rankfold.layers._conv_cp import CPConv1d, CPConv2d, CPConv3d
 from rankfold.layers._conv_svd import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from rankfold.layers._conv_tucker import TuckerConv1d, TuckerConv2d, TuckerConv3d
 from rankfold.layers._embedding import LowRankEmbedding
+from rankfold.layers._kronecker import KroneckerLinear
 from rankfold.layers._linear import LowRankLinear
 from rankfold.layers._refusal import CONV1D, is_quantised, qualified_name
+from rankfold.layers._ring import TRLinear
+from rankfold.layers._svd_form import SVDLinear
+from rankfold.layers._svd_form_conv import SVDConv1d, SVDConv2d, SVDConv3d
 from rankfold.layers._tt_conv import TTConv1d, TTConv2d, TTConv3d
 from rankfold.layers._tt_embedding import TTEmbedding
 from rankfold.layers._tt_linear import TTLinear
@@ -28,6 +33,8 @@ _CLASSES: tuple[Any, ...] = (  # each takes options of its own, where the contra
     *(CPConv1d, CPConv2d, CPConv3d),
     *(TuckerConv1d, TuckerConv2d, TuckerConv3d),
     *(TTLinear, TTEmbedding, TTConv1d, TTConv2d, TTConv3d),
+    *(BTTLinear, KroneckerLinear, TRLinear),
+    *(SVDLinear, SVDConv1d, SVDConv2d, SVDConv3d),
 )
 TABLE: Mapping[tuple[type[nn.Module], str], type[FactorisedLayer]] = MappingProxyType(
     {(layer.dense_type, layer.method): layer for layer in _CLASSES}
@@ -76,7 +83,14 @@ def is_factorised(module: nn.Module) -> bool:
         >>> is_factorised(LowRankLinear(4, 4, rank=1)), is_factorised(nn.Linear(4, 4))
         (True, False)
     """
-    return type(module) in _CLASSES and not any(map(is_quantised, module.children()))
+    return _own_type(module) in _CLASSES and not any(map(is_quantised, module.children()))
+
+
+def _own_type(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module, or the one that it had before `torch.distributed.fsdp.fully_shard` made it FSDP."""
+    kind, *bases = type(module).__mro__
+    sharded = bases[0].__qualname__ == "FSDPModule" and bases[0].__module__.startswith("torch.distributed")
+    return bases[1] if sharded else kind
 
 
 def dense_cost(layer: nn.Module, calls: Sequence[Call]) -> Cost:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ class Train:
     """A matrix `out_size x in_size` as a train over padded modes; `lead` rows in front of it where it is not 0.
 
     A convolution's positions in the kernel are the lead: a core of their own, before those of the channels.
+    A redundant train has any bonds, also beyond what its modes can use.
     """
 
     owner: str
@@ -43,11 +45,13 @@ class Train:
     out_shape: tuple[int, ...]
     in_shape: tuple[int, ...]
     lead: int = 0
+    redundant: bool = False
 
     @property
-    def options(self) -> dict[str, tuple[int, ...]]:
-        """The options that give this train."""
-        return {"in_shape": self.in_shape, "out_shape": self.out_shape}
+    def options(self) -> dict[str, Any]:
+        """The options that give this train; `redundant` where it is."""
+        shapes: dict[str, Any] = {"in_shape": self.in_shape, "out_shape": self.out_shape}
+        return {**shapes, "redundant": True} if self.redundant else shapes
 
     @property
     def modes(self) -> tuple[int, ...]:
@@ -65,14 +69,26 @@ class Train:
 
     def chain(self, rank: Rank) -> Chain:
         """Return the sizes of all cores at a rank, or raise a `LayerError`."""
+        inner = self._any_bonds(rank) if self.redundant else self._bonds(rank)
+        head = ((self.lead,), (1,)) if self.lead else ((), ())
+        return Chain((*head[0], *self.out_shape), (*head[1], *self.in_shape), (1, *inner, 1))
+
+    def _bonds(self, rank: Rank) -> tuple[int, ...]:
         full = self.full_bonds()
         checked = check_rank(self.owner, rank, full if isinstance(rank, (tuple, list)) else self.full_rank())
         try:
-            inner = bonds(self.modes, checked)
+            return bonds(self.modes, checked)
         except DecompositionError as error:
             raise LayerError(f"{self.owner}: {error}") from error
-        head = ((self.lead,), (1,)) if self.lead else ((), ())
-        return Chain((*head[0], *self.out_shape), (*head[1], *self.in_shape), (1, *inner, 1))
+
+    def _any_bonds(self, rank: Any) -> tuple[int, ...]:
+        count = len(self.modes) - 1
+        inner = tuple(rank) if isinstance(rank, (tuple, list)) else (rank,) * count
+        if len(inner) != count or any(
+            isinstance(bond, bool) or not isinstance(bond, int) or bond < 1 for bond in inner
+        ):
+            raise LayerError(f"{self.owner}: rank={rank!r} is neither an int >= 1 nor a tuple of {count} of them")
+        return inner
 
     def params(self, rank: Rank) -> int:
         """Return the entries of all cores at a rank."""
@@ -102,6 +118,7 @@ def make_train(
     out_shape: Sequence[int] | None,
     *,
     lead: int = 0,
+    redundant: bool = False,
 ) -> Train:
     """Return the train of a matrix of `sizes = (out, in)`; shapes not given are balanced, padded where needed."""
     given = out_shape if in_shape is None else in_shape
@@ -116,7 +133,9 @@ def make_train(
         )
     if len(shapes[0]) < 2 and not lead:
         raise LayerError(f"{owner}: a train needs two cores or more; out_shape={shapes[0]} makes one")
-    return Train(owner, sizes[0], sizes[1], shapes[0], shapes[1], lead)
+    if not isinstance(redundant, bool):
+        raise LayerError(f"{owner}: redundant={redundant!r} is neither True nor False")
+    return Train(owner, sizes[0], sizes[1], shapes[0], shapes[1], lead, redundant)
 
 
 def _default_order(sizes: tuple[int, int]) -> int:
@@ -152,6 +171,20 @@ def fresh_cores_(cores: Sequence[Tensor], generator: torch.Generator | None) -> 
         if not core.is_meta:
             bound = math.sqrt(3 / core.shape[3])  # every entry of a partial product has variance 1
             copy_(core, torch.empty(core.shape, device="cpu").uniform_(-bound, bound, generator=generator))
+
+
+def check_fillable(train: Train, rank: Rank) -> None:
+    """Raise a `LayerError` where a redundant train has bonds that no decomposition of a weight fills."""
+    if not train.redundant:
+        return
+    inner = train.chain(rank).ranks[1:-1]
+    try:
+        bonds(train.modes, inner)
+    except DecompositionError as error:
+        raise LayerError(
+            f"{train.owner}: {error}; the parameters beyond that would start, and stay, at zero. Redundant bonds are "
+            "for fresh layers: use the constructor or `like` (`init='random'`), or smaller bonds"
+        ) from error
 
 
 def decompose_(cores: Sequence[Tensor], train: Train, matrix: Tensor, rank: Rank) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar, final
 
 import torch
@@ -16,59 +14,13 @@ from rankfold.layers._build import Device, check_type, finite_weight, fresh_bias
 from rankfold.layers._contract import Call, Cost, Rank
 from rankfold.layers._conv import ConvShape, Size, dense_twin
 from rankfold.layers._tt_chain import Train, make_train
-from rankfold.layers._tt_contract import (
-    BATCHES,
-    LARGEST_MERGE,
-    LAUNCH,
-    MOVE,
-    Chain,
-    Sweep,
-    bucket,
-    contract,
-    plan_sweep,
-)
+from rankfold.layers._tt_contract import in_chunks, merge_groups, sweep_state
+from rankfold.layers._tt_conv_plan import ConvPlan, conv_plans, describe_conv, plan_conv
 from rankfold.layers._tt_layer import TTLayer
+from rankfold.layers._tt_order import BATCHES, Sweep, bucket
+from rankfold.layers._tt_plan import TTPlan, checked_recompute, wants_gradients
 
 CONVOLVE: Mapping[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
-
-
-@dataclass(frozen=True)
-class ConvPlan:
-    """How a convolution is computed: by the sweep over the channels after shared filters, or by the kernel rebuilt.
-
-    Attributes:
-        sweep: the order of contraction over the channels, or None where the kernel is rebuilt.
-        fixed_macs: multiply-adds of merging or rebuilding, once per call.
-        row_macs: multiply-adds per output position.
-    """
-
-    sweep: Sweep | None
-    fixed_macs: int
-    row_macs: int
-
-    def macs(self, rows: int) -> int:
-        """Return the multiply-adds for a number of output positions, batch included."""
-        return self.fixed_macs + rows * self.row_macs
-
-
-@lru_cache(maxsize=4096)
-def plan_conv(chain: Chain, sizes: tuple[int, int], groups: int, rows: int) -> ConvPlan:
-    """Return the cheaper way for a number of output positions and `sizes = (out, in)`, the channels of the kernel.
-
-    The sweep mixes all input channels, so that a kernel of several groups is always rebuilt.
-    """
-    positions, filters = chain.out_shape[0], chain.ranks[1]
-    channels = Chain(chain.out_shape[1:], chain.in_shape[1:], chain.ranks[1:])
-    sweep = plan_sweep(channels, rows, both_ends=False)
-    spatial = positions * filters * sizes[1]
-    # the filtered maps are written, brought into order and read
-    chained = sweep.score + rows * (spatial + MOVE * 3 * filters * sizes[1]) + LAUNCH
-    order = len(chain.out_shape)
-    merging, kernel = chain.merging(0, order), positions * sizes[0] * sizes[1]
-    rebuilt = merging + MOVE * 3 * kernel + rows * (kernel + MOVE * sum(sizes)) + LAUNCH * order
-    if groups > 1 or (kernel <= LARGEST_MERGE and rebuilt < chained):
-        return ConvPlan(None, merging, kernel)
-    return ConvPlan(sweep, sweep.fixed_macs, spatial + sweep.row_macs)
 
 
 class TTConv(TTLayer):
@@ -76,8 +28,9 @@ class TTConv(TTLayer):
 
     `K[(c_1 ... c_d), (s_1 ... s_d), x, y] = G_0[x, y] G_1[:, c_1, s_1] ... G_d[:, c_d, s_d]`. The forward pass applies
     the `r_0` filters of `G_0` to every input channel and sweeps over the channels, or rebuilds the kernel for
-    one convolution, whichever is planned cheaper for the number of output positions. With groups the train is
-    that of the kernel `(out, in / groups, kernel…)`, which is always rebuilt: it saves parameters, not time.
+    one convolution, whichever is planned cheaper for the number of output positions and for inference or training.
+    With groups the train is that of the kernel `(out, in / groups, kernel…)`, which is always rebuilt: it saves
+    parameters, not time. Images are taken in chunks as rows are by `TTLinear`.
     """
 
     in_channels: int
@@ -106,16 +59,18 @@ class TTConv(TTLayer):
         rank: Rank,
         in_shape: Sequence[int] | None = None,
         out_shape: Sequence[int] | None = None,
+        recompute: float | None = None,
+        redundant: bool = False,
     ) -> None:
         super().__init__()
         values = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         twin = dense_twin(self, values, dtype)
         self._reversed_padding = tuple(twin._reversed_padding_repeated_twice)
-        train = _conv_train(type(self).__name__, ConvShape.of(twin), in_shape, out_shape)
+        train = _conv_train(type(self).__name__, ConvShape.of(twin), in_shape, out_shape, redundant)
         self._assemble(train, rank, device, dtype)
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
-        sizes = (train.out_size, train.in_size)
-        self._plans = tuple(plan_conv(self._chain, sizes, groups, rows) for rows in BATCHES)
+        self.recompute = checked_recompute(type(self).__name__, recompute)
+        self._plans = conv_plans(self._chain, (train.out_size, train.in_size), groups, recompute)
         self._padded = math.prod(train.in_shape) - in_channels
         self.reset_parameters()
 
@@ -128,28 +83,38 @@ class TTConv(TTLayer):
         """Convolve by the plan for this number of output positions."""
         axes = len(self.kernel_size)
         maps = input if input.dim() == axes + 2 else input.unsqueeze(0)
-        size = ConvShape.of(self).output_size(tuple(maps.shape[2:]))
-        sweep = self._plans[bucket(maps.shape[0] * math.prod(size))].sweep
-        output = (
-            self._convolve(maps, self.weight, self.bias, self.groups) if sweep is None else self._chained(maps, sweep)
-        )
+        positions = math.prod(ConvShape.of(self).output_size(tuple(maps.shape[2:])))
+        cores = list(self.cores)
+        plan = self._plans[wants_gradients(cores)][bucket(maps.shape[0] * positions)]
+        if plan.sweep is None:
+            output = self._convolve(maps, self.weight, self.bias, self.groups)
+        else:
+            output = self._chained(maps, cores, plan, plan.sweep, positions)
         return output if input.dim() == axes + 2 else output.squeeze(0)
 
-    def _chained(self, maps: Tensor, sweep: Sweep) -> Tensor:
-        """Apply the shared filters to every channel, then the train over the channels."""
-        first, *channels = self.cores
+    def _chained(self, maps: Tensor, cores: Sequence[Tensor], plan: ConvPlan, sweep: Sweep, positions: int) -> Tensor:
+        """Apply the shared filters to every channel, then the train over the channels, to some images at a time."""
+        first, *channels = cores
         filters = first.shape[3]
         kernel = first.permute(3, 0, 1, 2).reshape(filters, 1, *self.kernel_size)
         kernel = kernel.repeat(self.in_channels, *(1,) * (kernel.dim() - 1))  # in r, 1, kernel
-        maps = self._convolve(maps, kernel, None, self.in_channels)  # batch, in r, space
-        space = maps.shape[2:]
-        state = maps.reshape(maps.shape[0], self.in_channels, filters, -1).transpose(1, 2)  # batch, r, in, positions
-        if self._padded:
-            state = functional.pad(state, (0, 0, 0, self._padded))
-        output = contract(state.flatten(1, 2), channels, sweep)[:, : self.out_channels]  # batch, out, positions
-        if self.bias is not None:
-            output = output + self.bias.unsqueeze(1).to(output.dtype)
-        return output.reshape(output.shape[0], self.out_channels, *space)
+
+        def run(part: Tensor, kernel: Tensor, *groups: Tensor) -> Tensor:
+            part = self._convolve(part, kernel, None, self.in_channels)  # batch, in r, space
+            space = part.shape[2:]
+            state = part.reshape(part.shape[0], self.in_channels, filters, -1)
+            state = state.transpose(1, 2)  # batch, r, in, positions
+            if self._padded:
+                state = functional.pad(state, (0, 0, 0, self._padded))
+            output = sweep_state(state.flatten(1, 2), groups, sweep.from_left)  # batch, out, positions
+            output = output[:, : self.out_channels]
+            if self.bias is not None:
+                output = output + self.bias.unsqueeze(1).to(output.dtype)
+            return output.reshape(output.shape[0], self.out_channels, *space)
+
+        groups = merge_groups(channels, sweep)
+        chunk = 0 if torch.compiler.is_compiling() else plan.images(positions)
+        return in_chunks(run, maps, [kernel, *groups], chunk=chunk, recompute=plan.recompute)
 
     def _convolve(self, maps: Tensor, kernel: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         """Convolve with this layer's stride, padding and dilation."""
@@ -160,9 +125,21 @@ class TTConv(TTLayer):
         convolve = CONVOLVE[len(self.kernel_size)]
         return convolve(maps, kernel, bias, self.stride, padding, self.dilation, groups)
 
-    def plan(self, rows: int) -> ConvPlan:
-        """Return the way it is computed for a number of output positions, batch included."""
-        return self._plans[bucket(rows)]
+    def plan(self, input: Sequence[int], training: bool | None = None) -> TTPlan:
+        """Return how the layer is computed for the shape of an input, and what that costs.
+
+        Args:
+            input: the shape (batch, channels, space…) or (channels, space…).
+            training: whether a backward pass follows; by default, whether it does after a call at this place.
+        """
+        axes, shape = len(self.kernel_size), tuple(input)
+        batch = shape[0] if len(shape) == axes + 2 else 1
+        positions = math.prod(ConvShape.of(self).output_size(shape[-axes:]))
+        cores = list(self.cores)
+        mode = wants_gradients(cores) if training is None else training
+        plan = self._plans[mode][bucket(batch * positions)]
+        sizes = (self._train.out_size, self._train.in_size)
+        return describe_conv(self._chain, sizes, plan, (batch, positions), mode, cores[0].element_size())
 
     @property
     def weight(self) -> Tensor:
@@ -187,10 +164,17 @@ class TTConv(TTLayer):
 
     @classmethod
     def _train_of(
-        cls, dense: Any, *, in_shape: Sequence[int] | None = None, out_shape: Sequence[int] | None = None
+        cls,
+        dense: Any,
+        *,
+        in_shape: Sequence[int] | None = None,
+        out_shape: Sequence[int] | None = None,
+        recompute: float | None = None,
+        redundant: bool = False,
     ) -> Train:
         check_type(cls, dense, cls.dense_type)
-        return _conv_train(cls.__name__, ConvShape.of(dense), in_shape, out_shape)
+        checked_recompute(cls.__name__, recompute)
+        return _conv_train(cls.__name__, ConvShape.of(dense), in_shape, out_shape, redundant)
 
     @classmethod
     def _matrix_of(cls, dense: Any) -> Tensor:
@@ -198,16 +182,22 @@ class TTConv(TTLayer):
         return finite_weight(cls, dense).flatten(2).permute(2, 0, 1)
 
 
-def _conv_train(owner: str, shape: ConvShape, in_shape: Sequence[int] | None, out_shape: Sequence[int] | None) -> Train:
+def _conv_train(
+    owner: str,
+    shape: ConvShape,
+    in_shape: Sequence[int] | None,
+    out_shape: Sequence[int] | None,
+    redundant: bool,
+) -> Train:
     sizes = (shape.out_channels, shape.in_channels // shape.groups)
-    return make_train(owner, sizes, in_shape, out_shape, lead=math.prod(shape.kernel_size))
+    return make_train(owner, sizes, in_shape, out_shape, lead=math.prod(shape.kernel_size), redundant=redundant)
 
 
 @final
 class TTConv1d(TTConv):
     """A 1-D convolution as shared filters and a tensor train over the channels.
 
-    The arguments are those of `nn.Conv1d`, then `rank`, `in_shape` and `out_shape` as of `TTConv2d`.
+    The arguments are those of `nn.Conv1d`, then `rank` and the options of `TTConv2d`.
 
     Reference: Garipov, Podoprikhin, Novikov, Vetrov 2016, Ultimate tensorization.
 
@@ -227,7 +217,8 @@ class TTConv2d(TTConv):
     The arguments are those of `nn.Conv2d`; then `rank`, a cap for every bond, clipped to what each can have, or one
     per bond, the number of filters first; `in_shape` and `out_shape`, as many dims each, whose products are at
     least `in_channels / groups` and `out_channels` (padded where larger, by default balanced). The train spans
-    all groups. A rank out of range or unfit shapes raise a `LayerError`.
+    all groups. `recompute` and `redundant` are those of `TTLinear`, where the chain of products keeps intermediates;
+    a rebuilt kernel has none. A rank out of range or unfit shapes raise a `LayerError`.
 
     Reference: Garipov, Podoprikhin, Novikov, Vetrov 2016, Ultimate tensorization.
 
@@ -244,7 +235,7 @@ class TTConv2d(TTConv):
 class TTConv3d(TTConv):
     """A 3-D convolution as shared filters and a tensor train over the channels.
 
-    The arguments are those of `nn.Conv3d`, then `rank`, `in_shape` and `out_shape` as of `TTConv2d`.
+    The arguments are those of `nn.Conv3d`, then `rank` and the options of `TTConv2d`.
 
     Reference: Garipov, Podoprikhin, Novikov, Vetrov 2016, Ultimate tensorization.
 

@@ -8,13 +8,14 @@ from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from rankfold.errors import LayerError
 from rankfold.layers._build import Device, check_type, finite_weight
 from rankfold.layers._contract import Call, Cost, Rank
 from rankfold.layers._tt_chain import Train, make_train
-from rankfold.layers._tt_contract import Chain
 from rankfold.layers._tt_layer import TTLayer
+from rankfold.layers._tt_rows import RowPlan, bucket_of, rows_plans, table_rows
 
 REFUSED = {
     "max_norm": "it rescales rows of the table in place, and a train has none; normalise the output",
@@ -29,22 +30,15 @@ def _refuse(dense: Any) -> None:
             raise LayerError(f"TTEmbedding cannot keep {name}={getattr(dense, name)!r}: {reason}")
 
 
-def _macs(chain: Chain, from_left: bool) -> int:
-    """Multiply-adds of one row: the products of gathered slices, from one end."""
-    dims, ranks = chain.out_shape, chain.ranks
-    if from_left:
-        return sum(math.prod(dims[: k + 1]) * ranks[k] * ranks[k + 1] for k in range(1, len(dims)))
-    return sum(math.prod(dims[k:]) * ranks[k] * ranks[k + 1] for k in range(len(dims) - 1))
-
-
 @final
 class TTEmbedding(TTLayer):
     """An embedding whose table is a tensor train: a row is a product of one slice of each core.
 
     With the digits `(i_1 ... i_d)` of index i in the radices `in_shape`, `row(i) = G_1[:, i_1] ... G_d[:, i_d]`, each
-    slice (r, dim_k, r'). The slices are gathered and multiplied in a batch; an index that occurs several times is
-    computed once, except inside a compiled or exported program, where sizes must not depend on values. The
-    table is never built. The output at `padding_idx` is zero and sends no gradient back.
+    slice (r, dim_k, r'). The slices are gathered and multiplied in a batch, after neighbouring cores have been
+    merged where that has less to gather (`plan`); an index that occurs several times is computed once, except
+    inside a compiled or exported program, where sizes must not depend on values. The table is never built. The
+    output at `padding_idx` is zero and sends no gradient back.
 
     Args:
         num_embeddings: rows of the table.
@@ -101,7 +95,7 @@ class TTEmbedding(TTLayer):
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         train = make_train("TTEmbedding", (embedding_dim, num_embeddings), in_shape, out_shape)
         self._assemble(train, rank, device, dtype)
-        self._from_left = _macs(self._chain, True) <= _macs(self._chain, False)
+        self._plans = rows_plans(self._chain)
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -111,39 +105,29 @@ class TTEmbedding(TTLayer):
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Embedding gives it
         """Return the rows of the indices."""
-        indices = input.reshape(-1)
-        if torch.compiler.is_compiling() or indices.is_meta or indices.numel() < 2:
-            rows = self._rows(indices)
+        if torch.compiler.is_compiling() or input.is_meta or not input.numel():
+            output = self._rows(input.reshape(-1)).reshape(*input.shape, self.embedding_dim)
         else:
-            distinct, places = torch.unique(indices, return_inverse=True)  # sorted
-            if int(distinct[0]) < 0 or int(distinct[-1]) >= self.num_embeddings:
-                raise IndexError(f"TTEmbedding: index out of range of its {self.num_embeddings} rows")
-            rows = self._rows(distinct).index_select(0, places)
-        output = rows.reshape(*input.shape, self.embedding_dim)
+            output = self._distinct_rows(input)
         if self.padding_idx is None:
             return output
         return output.masked_fill((input == self.padding_idx).unsqueeze(-1), 0)
 
+    def plan(self, rows: int) -> RowPlan:
+        """Return which cores are merged before the look-up, and the order of the products, for distinct rows."""
+        return self._plans[bucket_of(rows)]
+
+    def _distinct_rows(self, indices: Tensor) -> Tensor:
+        """Return the rows of the indices, each index computed once."""
+        distinct, places = torch.unique(indices, return_inverse=True)  # sorted; places has the shape of indices
+        if int(distinct[0]) < 0 or int(distinct[-1]) >= self.num_embeddings:
+            raise IndexError(f"TTEmbedding: index out of range of its {self.num_embeddings} rows")
+        return functional.embedding(places, self._rows(distinct))
+
     def _rows(self, indices: Tensor) -> Tensor:
-        """Return the rows of the train: slices gathered by the digits of each index, multiplied in a batch."""
-        radices = self._train.in_shape
-        slices: list[Tensor] = []
-        for k, core in enumerate(self.cores):
-            digits = torch.div(indices, math.prod(radices[k + 1 :]), rounding_mode="floor")
-            digits = digits % radices[k] if k else digits
-            slices.append(core.permute(2, 0, 1, 3).index_select(0, digits))  # indices, r, dim, r'
-        row = slices.pop(0 if self._from_left else -1).flatten(1, 2)  # indices, dim, r' (or r dim, 1)
-        width = row.shape[1]
-        for part in slices if self._from_left else reversed(slices):
-            _, before, dim, after = part.shape
-            if self._from_left:
-                row, width = torch.bmm(row, part.flatten(2)), width * dim  # indices, D, dim r'
-                row = row.reshape(-1, width, after)
-            else:
-                row = torch.bmm(part.flatten(1, 2), row.reshape(-1, after, width // after))  # indices, r dim, D
-                width = width // after * before * dim
-                row = row.reshape(-1, width, 1)
-        return row.flatten(1)[:, : self.embedding_dim]
+        plan = self._plans[bucket_of(indices.shape[0])]
+        rows = table_rows(list(self.cores), self._train.in_shape, indices, plan)
+        return rows[:, : self.embedding_dim]
 
     @property
     def weight(self) -> Tensor:
@@ -165,11 +149,10 @@ class TTEmbedding(TTLayer):
 
     @classmethod
     def cost(cls, dense: nn.Module, calls: Sequence[Call], *, rank: Rank, **options: Any) -> Cost:
-        """Return parameters, and multiply-adds of the products of slices, each index counted once per occurrence."""
+        """Return parameters, and multiply-adds of the plan for each call, as if all its indices were distinct."""
         train = cls._train_of(dense, **options)
-        chain = train.chain(rank)
-        macs = min(_macs(chain, True), _macs(chain, False))
-        return Cost(train.params(rank), macs * sum(math.prod(call.input) for call in calls))
+        plans, rows = rows_plans(train.chain(rank)), [math.prod(call.input) for call in calls]
+        return Cost(train.params(rank), sum(plans[bucket_of(count)].macs(count) for count in rows))
 
     @staticmethod
     def _arguments(dense: Any) -> dict[str, Any]:

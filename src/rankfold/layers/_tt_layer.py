@@ -14,6 +14,7 @@ from rankfold.layers._contract import Options, Rank, Spectrum
 from rankfold.layers._tt_chain import (
     Train,
     balanced_options,
+    check_fillable,
     decompose_,
     dense_matrix,
     empty_cores,
@@ -32,13 +33,14 @@ class TTLayer(TwinLayer):
 
     method: ClassVar[str] = "tt"
     cores: nn.ParameterList
+    recompute: float | None = None
 
     @classmethod
     @abstractmethod
     def _train_of(
         cls, dense: Any, *, in_shape: Sequence[int] | None = None, out_shape: Sequence[int] | None = None
     ) -> Train:
-        """Return the train of the weight of a dense layer."""
+        """Return the train of the weight of a dense layer; a final class may take more options."""
 
     @classmethod
     @abstractmethod
@@ -65,7 +67,8 @@ class TTLayer(TwinLayer):
     @property
     def options(self) -> Options:
         """The options beside the rank: `like(dense, rank=rank, **options)` is the twin of this layer."""
-        return self._train.options
+        kept = {} if self.recompute is None else {"recompute": self.recompute}
+        return {**self._train.options, **kept}
 
     def squared_norm(self) -> Tensor:
         """Return the squared Frobenius norm of the weight, from transfer matrices of the cores (differentiable)."""
@@ -113,7 +116,10 @@ class TTLayer(TwinLayer):
     def errors(cls, dense: nn.Module, ranks: Sequence[Rank], *, seed: int = 0, **options: Any) -> tuple[float, ...]:
         """Return the relative error of the weight at each rank, measured on one TT-SVD that is rounded to each."""
         del seed  # nothing is random
-        return errors(cls._train_of(dense, **options), cls._matrix_of(dense), ranks)
+        train = cls._train_of(dense, **options)
+        for rank in ranks:
+            check_fillable(train, rank)
+        return errors(train, cls._matrix_of(dense), ranks)
 
     @classmethod
     def spectra(cls, dense: nn.Module, **options: Any) -> tuple[Spectrum, ...]:
@@ -125,6 +131,7 @@ class TTLayer(TwinLayer):
     def from_dense(cls, dense: nn.Module, *, rank: Rank, seed: int = 0, **options: Any) -> Self:
         """Decompose the weight by TT-SVD in float64; keeps options, dtype, device, mode and requires_grad."""
         del seed  # nothing is random
+        check_fillable(cls._train_of(dense, **options), rank)
         matrix = cls._matrix_of(dense)
         layer = cls._hollow(dense, rank, None, options)
         decompose_(list(layer.cores), layer._train, matrix, rank)

@@ -13,8 +13,10 @@ from torch.nn import functional
 from rankfold.layers._build import Device, check_type, finite_weight, fresh_bias_
 from rankfold.layers._contract import Call, Cost, Rank
 from rankfold.layers._tt_chain import Train, make_train
-from rankfold.layers._tt_contract import BATCHES, Sweep, bucket, contract, plan_sweep
+from rankfold.layers._tt_contract import core_list, in_chunks, merge_groups, sweep_state
 from rankfold.layers._tt_layer import TTLayer
+from rankfold.layers._tt_order import BATCHES, bucket, plan_sweep
+from rankfold.layers._tt_plan import TTPlan, checked_recompute, describe, pick, sweeps, wants_gradients
 
 
 @final
@@ -22,9 +24,11 @@ class TTLinear(TTLayer):
     """A linear layer whose weight is a tensor train over paired modes of outputs and inputs.
 
     `W[(m_1 ... m_d), (n_1 ... n_d)] = G_1[:, m_1, n_1] ... G_d[:, m_d, n_d]`. The forward pass is a chain of
-    reshapes and matrix products in an order planned for the number of rows, and builds the weight only where
-    that is cheaper and the weight small. At rank 1 to 8 a layer of thousands of inputs has some hundred to some
-    thousand parameters; at large ranks, or large batches, a dense or a low-rank layer is faster.
+    reshapes and matrix products in an order planned for the number of rows and for inference or training (`plan`),
+    and builds the weight only where that is cheaper and the weight small. At rank 1 to 8 a layer of thousands of
+    inputs has some hundred to some thousand parameters; at large ranks, or large batches, a dense or a low-rank layer
+    is faster. Rows are taken in chunks, so that intermediates stay small; a compiled or exported program takes
+    them at once.
 
     Args:
         in_features: size of each input.
@@ -35,9 +39,13 @@ class TTLinear(TTLayer):
         rank: a cap for every bond, clipped to what each can have, or one per bond.
         in_shape: dims whose product is at least `in_features`; by default balanced. Larger products are padded.
         out_shape: as many dims for `out_features`.
+        recompute: computes intermediates again in backward, chunk by chunk, where they take more than this many times
+            the entries of input and output; 0 does wherever there are any, None (default) keeps them all.
+        redundant: allows bonds beyond what the modes can use, and does not clip an int `rank`: for training
+            from scratch in a published configuration that has such bonds. No dense weight has that decomposition.
 
     Raises:
-        LayerError: a rank out of range, shapes too small or of different lengths.
+        LayerError: a rank out of range, shapes too small or of different lengths, a negative `recompute`.
 
     Reference:
         Novikov, Podoprikhin, Osokin, Vetrov (2015), Tensorizing neural networks.
@@ -62,14 +70,18 @@ class TTLinear(TTLayer):
         rank: Rank,
         in_shape: Sequence[int] | None = None,
         out_shape: Sequence[int] | None = None,
+        recompute: float | None = None,
+        redundant: bool = False,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        train = make_train("TTLinear", (out_features, in_features), in_shape, out_shape)
+        train = make_train("TTLinear", (out_features, in_features), in_shape, out_shape, redundant=redundant)
         self._assemble(train, rank, device, dtype)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        self._plans = tuple(plan_sweep(self._chain, rows) for rows in BATCHES)
+        self.recompute = checked_recompute("TTLinear", recompute)
+        self._plans = sweeps(self._chain, recompute)
         self._padding = math.prod(train.in_shape) - in_features
+        self._surplus = math.prod(train.out_shape) - out_features
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -79,19 +91,38 @@ class TTLinear(TTLayer):
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
         """Multiply the train with the last axis of the input."""
-        rows = input.reshape(-1, self.in_features)
-        sweep = self._plans[bucket(rows.shape[0])]
-        if self._padding:
-            rows = functional.pad(rows, (0, self._padding))
-        output = contract(rows.unsqueeze(2), list(self.cores), sweep).squeeze(2)  # rows, padded out
-        output = output[:, : self.out_features]
-        if self.bias is not None:
-            output = output + self.bias.to(output.dtype)  # autocast leaves it wide
-        return output.reshape(*input.shape[:-1], self.out_features)
+        rows = input if input.dim() == 2 else input.reshape(-1, self.in_features)
+        cores = core_list(self.cores)
+        sweep = pick(self._plans, rows.shape[0], wants_gradients(cores))
 
-    def plan(self, rows: int) -> Sweep:
-        """Return the order of contraction for a number of rows."""
-        return self._plans[bucket(rows)]
+        def run(part: Tensor, *groups: Tensor) -> Tensor:
+            if self._padding:
+                part = functional.pad(part, (0, self._padding))
+            output = sweep_state(part, groups, sweep.from_left)  # rows, padded out
+            if self._surplus:
+                output = output[:, : self.out_features]
+            return output if self.bias is None else output + self.bias.to(output.dtype)  # autocast leaves it wide
+
+        groups = merge_groups(cores, sweep)
+        output = in_chunks(run, rows, groups, chunk=sweep.chunk, recompute=sweep.recompute)
+        return output if input.dim() == 2 else output.reshape(*input.shape[:-1], self.out_features)
+
+    def plan(self, batch: int, training: bool | None = None) -> TTPlan:
+        """Return how the layer is computed for a number of rows, and what that costs.
+
+        Args:
+            batch: rows of the input, >= 0.
+            training: whether a backward pass follows; by default, whether it does after a call at this place.
+
+        Example:
+            >>> import torch
+            >>> layer = TTLinear(4096, 4096, rank=8, in_shape=(8, 8, 8, 8), out_shape=(8, 8, 8, 8))
+            >>> layer.plan(1024, training=True).groups, layer.plan(1024, training=True).chunk
+            (((0, 2), (2, 4)), 32)
+        """
+        cores = core_list(self.cores)
+        mode = wants_gradients(cores) if training is None else training
+        return describe(self._chain, pick(self._plans, batch, mode), batch, mode, cores[0].element_size())
 
     @property
     def weight(self) -> Tensor:
@@ -114,10 +145,18 @@ class TTLinear(TTLayer):
 
     @classmethod
     def _train_of(
-        cls, dense: Any, *, in_shape: Sequence[int] | None = None, out_shape: Sequence[int] | None = None
+        cls,
+        dense: Any,
+        *,
+        in_shape: Sequence[int] | None = None,
+        out_shape: Sequence[int] | None = None,
+        recompute: float | None = None,
+        redundant: bool = False,
     ) -> Train:
         check_type(cls, dense, nn.Linear)
-        return make_train("TTLinear", (dense.out_features, dense.in_features), in_shape, out_shape)
+        checked_recompute("TTLinear", recompute)
+        sizes = (dense.out_features, dense.in_features)
+        return make_train("TTLinear", sizes, in_shape, out_shape, redundant=redundant)
 
     @classmethod
     def _matrix_of(cls, dense: Any) -> Tensor:

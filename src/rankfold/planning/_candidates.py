@@ -37,6 +37,7 @@ class Job:
         budgeted: the quantities that the budget limits; none where there is no budget.
         multiple: what ranks are rounded to.
         seed: seed of the layer's decompositions.
+        weightless: whether no weight is to be read: choices then have no error.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Job:
     budgeted: tuple[str, ...]
     multiple: int
     seed: int
+    weightless: bool = False
 
 
 def layer_seed(name: str, seed: int) -> int:
@@ -72,8 +74,12 @@ def variants_of(job: Job) -> Iterator[tuple[type[FactorisedLayer], Options]]:
 
 
 def grid(job: Job) -> tuple[Choice, ...]:
-    """Return dense, and every method, variant and rank of the grid that pays."""
-    return _named(job, _grid)
+    """Return dense, and every method, variant and rank of the grid that pays.
+
+    Where no weight is to be read they come in the order of preference: dense, then the methods as they
+    were given, of each the largest share kept of the full rank first, then the cheapest.
+    """
+    return _named(job, _preferences if job.weightless else _grid)
 
 
 def energy_ladder(job: Job) -> tuple[Choice, ...]:
@@ -118,6 +124,23 @@ def _grid(job: Job) -> tuple[Choice, ...]:
         choices = [choice for rank in ranks if pays(choice := _priced(job, cls, rank, options), job)]
         found += _with_errors(job, cls, options, choices)
     return tuple(found)
+
+
+def _preferences(job: Job) -> tuple[Choice, ...]:
+    ranked = []
+    for cls, options in variants_of(job):
+        full = cls.full_rank(job.layer, **options)
+        for rank in cls.rank_grid(job.layer, multiple=job.multiple, **options):
+            choice = _priced(job, cls, rank, options)
+            if pays(choice, job):
+                ranked.append((job.methods.index(cls.method), -_kept(rank, full), choice.params or 0, choice))
+    return (job.dense, *(choice for *_, choice in sorted(ranked, key=lambda entry: entry[:3])))
+
+
+def _kept(rank: Rank, full: Rank) -> float:
+    """Return the share that is kept of the full rank; of several ranks, their geometric mean."""
+    ranks, limits = (value if isinstance(value, tuple) else (value,) for value in (rank, full))
+    return math.prod(r / limit for r, limit in zip(ranks, limits, strict=True)) ** (1 / len(ranks))
 
 
 def _ladder(job: Job, ranks_of: Callable[[Spectrum], list[int]], levels: int) -> tuple[Choice, ...]:

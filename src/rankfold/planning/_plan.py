@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rankfold.errors import BudgetError, PlanError
-from rankfold.layers import TABLE
+from rankfold.layers import BLOCKS, TABLE
 from rankfold.planning._names import near
 
 Rank = int | tuple[int, ...]
@@ -102,15 +102,16 @@ def _is_error(value: Any) -> bool:
 @functools.cache
 def methods() -> frozenset[str]:
     """Return every method that a choice may name, "dense" among them."""
-    return frozenset({"dense", *(method for _, method in TABLE)})
+    return frozenset({"dense", *BLOCKS, *(method for _, method in TABLE)})
 
 
 @functools.cache
-def _option_names(method: str) -> frozenset[str]:
-    """Return the keyword-only arguments beside the rank of the layers of a method."""
-    classes = {cls for (_, name), cls in TABLE.items() if name == method}
-    found = {p.name for cls in classes for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    return frozenset(found - {"rank", "seed", "device", "dtype"})
+def _options_of(method: str) -> Mapping[str, str]:
+    """Return the keyword-only arguments beside the rank of the layers of a method, and what they are annotated with."""
+    classes: set[Any] = {cls for (_, name), cls in TABLE.items() if name == method}
+    classes |= {cls for name, cls in BLOCKS.items() if name == method}
+    found = [p for cls in classes for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return {p.name: str(p.annotation) for p in found if p.name not in ("rank", "seed", "device", "dtype")}
 
 
 def _checked_rank(method: str, rank: Any) -> Rank | None:
@@ -127,13 +128,16 @@ def _checked_rank(method: str, rank: Any) -> Rank | None:
 def _checked_options(method: str, options: Any) -> dict[str, Any]:
     if not isinstance(options, Mapping):
         raise PlanError(f"options of a choice are a mapping, not {options!r}")
-    unknown = set(options) - _option_names(method)
+    known = _options_of(method)
+    unknown = set(options) - set(known)
     if unknown:
-        known = ", ".join(sorted(_option_names(method))) or "none"
-        raise PlanError(f"method {method!r} has no option {sorted(map(str, unknown))[0]!r} (its options: {known})")
+        names = ", ".join(sorted(known)) or "none"
+        raise PlanError(f"method {method!r} has no option {sorted(map(str, unknown))[0]!r} (its options: {names})")
     checked = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     for name, value in checked.items():
-        if not isinstance(value, str | int | tuple) or (isinstance(value, tuple) and {*map(type, value)} - {int}):
+        fraction = isinstance(value, float) and "float" in known[name]
+        numbers = isinstance(value, tuple) and not {*map(type, value)} - {int}
+        if not (isinstance(value, str | int) or fraction or numbers):
             raise PlanError(f"option {name}={value!r} is neither a word, a whole number, a flag nor a list of numbers")
     return checked
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -40,6 +41,16 @@ def _memory(parameter: nn.Parameter) -> int:
     """Return the same for parameters that are one, or that hold the same memory, as a transposed tie does."""
     plain = not is_lazy(parameter) and type(parameter.data) is torch.Tensor and not parameter.is_meta
     return parameter.data_ptr() if plain and parameter.numel() else id(parameter)
+
+
+def without_values(layer: nn.Module) -> nn.Module:
+    """Return a shallow copy of a layer with its parameters on the meta device."""
+    twin = copy.copy(layer)
+    twin._parameters = {
+        key: p if p is None or is_lazy(p) else nn.Parameter(p.detach().to("meta"), requires_grad=False)
+        for key, p in layer._parameters.items()
+    }
+    return twin
 
 
 def layer_refusal(name: str, layer: nn.Module) -> str | None:

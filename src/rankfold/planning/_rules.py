@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from rankfold.ranks import allocate
 
 # Proven, relative to the sum of squared errors; a hundredth of what the last layer's rank more or less changes.
 GAP = 1e-4
+Init = Literal["decompose", "random"]
+INITS: tuple[Init, ...] = get_args(Init)
 Candidates = Mapping[str, Sequence[Choice]]
 Limits = Mapping[str, int]
 Select = Callable[[Candidates, Limits], Mapping[str, Choice]]
@@ -28,11 +31,13 @@ class Rule:
         select: every layer's candidates and the limits on their sums to one choice per layer. Where
             nothing is within the limits it returns the cheapest, and the planner raises the error.
         needs_budget: whether the rule means anything without limits.
+        needs_weights: whether it chooses by the errors or the spectra of the weights.
     """
 
     propose: Callable[[Job], tuple[Choice, ...]]
     select: Select
     needs_budget: bool
+    needs_weights: bool
 
 
 def optimal(candidates: Candidates, limits: Limits) -> dict[str, Choice]:
@@ -55,8 +60,12 @@ def uniform(candidates: Candidates, limits: Limits) -> dict[str, Choice]:
 
 
 def _within(choices: Sequence[Choice], shares: np.ndarray, limits: Limits) -> list[Choice]:
-    """Return, per share, the choice of least error (then least cost) within it; the cheapest where none is."""
-    ordered = sorted(choices, key=lambda choice: (choice.error or 0.0, share(choice, list(limits))))
+    """Return, per share, the choice of least error (then least cost) within it; the cheapest where none is.
+
+    Where no weight was read there are no errors, and the candidates come in the order of preference.
+    """
+    known = all(choice.error is not None for choice in choices)
+    ordered = sorted(choices, key=lambda choice: (choice.error, share(choice, list(limits)))) if known else choices
     kept = np.array([share(choice, list(limits)) for choice in ordered])
     fits = kept[None, :] <= shares[:, None]
     return [ordered[k] for k in np.where(fits.any(axis=1), fits.argmax(axis=1), kept.argmin())]
@@ -78,10 +87,10 @@ def costs_of(choices: Sequence[Choice], quantities: Sequence[str]) -> np.ndarray
 
 
 RULES: Mapping[str, Rule] = {
-    "optimal": Rule(grid, optimal, needs_budget=True),
-    "uniform": Rule(grid, uniform, needs_budget=True),
-    "energy": Rule(energy_ladder, same_level, needs_budget=True),
-    "evbmf": Rule(evbmf_ladder, same_level, needs_budget=False),
+    "optimal": Rule(grid, optimal, needs_budget=True, needs_weights=True),
+    "uniform": Rule(grid, uniform, needs_budget=True, needs_weights=False),
+    "energy": Rule(energy_ladder, same_level, needs_budget=True, needs_weights=True),
+    "evbmf": Rule(evbmf_ladder, same_level, needs_budget=False, needs_weights=True),
 }
 
 
@@ -92,7 +101,7 @@ def rule_of(rule: str | Select) -> Rule:
         PlanError: no rule of this name.
     """
     if callable(rule):
-        return Rule(grid, rule, needs_budget=False)
+        return Rule(grid, rule, needs_budget=False, needs_weights=False)
     if rule not in RULES:
         raise PlanError(f"unknown rule {rule!r}: the rules are {', '.join(RULES)}, or a function")
     return RULES[rule]

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from rankfold.errors import BudgetError, PlanError
-from rankfold.layers import methods_for, stock_twin
+from rankfold.layers import BLOCKS, methods_for, refusal, stock_twin
 from rankfold.planning._candidates import Job, layer_seed, run
 from rankfold.planning._names import selected
 from rankfold.planning._plan import Budget, Choice, Plan, methods
-from rankfold.planning._refusals import layer_refusal, structural_refusals
-from rankfold.planning._rules import Select, rule_of
+from rankfold.planning._refusals import layer_refusal, structural_refusals, without_values
+from rankfold.planning._rules import INITS, RULES, Init, Rule, Select, rule_of
 from rankfold.stats import Stats, count_params, walk
 
 KEPT = "dense is the rule's choice within this budget"
@@ -30,6 +30,7 @@ class _Request:
     limits: Mapping[str, float]
     multiple: int
     seed: int
+    weightless: bool
 
 
 def plan(  # noqa: PLR0913
@@ -39,6 +40,7 @@ def plan(  # noqa: PLR0913
     stats: Stats | None = None,
     methods: str | Sequence[str] = ("svd", "tucker"),
     rule: str | Select = "optimal",
+    init: Init = "decompose",
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     multiple: int = 1,
@@ -62,6 +64,10 @@ def plan(  # noqa: PLR0913
             squared singular values in every layer; "evbmf", the ranks of empirical variational Bayes, weakened
             by one factor to meet the budget; or a function of the candidates per layer name (dense the first)
             and of the limits on their sums, that returns a choice per name.
+        init: what the plan is for, as in `apply`: to "decompose" the weights, or to train from scratch. With
+            "random" no weight is read, whatever its values or its device, and no error is predicted: only rule
+            "uniform" or a function goes with it. "uniform" then takes, within a share, the first of `methods` that
+            has a rank, and of it the largest share of the full rank. It is implied for a model on the meta device.
         include: names or patterns (`*`, `?`) of the only layers to change; all of them if empty.
         exclude: names or patterns of layers to leave dense.
         multiple: round ranks to multiples of this.
@@ -70,7 +76,8 @@ def plan(  # noqa: PLR0913
 
     Raises:
         BudgetError: the budget can't be met; says the closest value that can.
-        PlanError: an unknown method, rule or name; statistics of another model.
+        PlanError: an unknown method, rule or name; statistics of another model; a rule that reads weights
+            with init="random".
         LayerError: a weight holds NaN or Inf.
 
     References:
@@ -86,10 +93,11 @@ def plan(  # noqa: PLR0913
     chosen = rule_of(rule)
     if budget is None and chosen.needs_budget:
         raise PlanError(f"rule {rule!r} needs a budget, such as budget=Budget(params=0.5)")
-    request = _checked(methods, budget, stats, multiple, seed)
+    weightless = _weightless(model, rule, chosen, init)
+    request = _checked(methods, budget, stats, multiple, seed, weightless=weightless)
     layers = dict(walk(model))
     _check_stats(layers, stats)
-    dense = _dense_choices(model, layers, stats, request.methods, (include, exclude))
+    dense = _dense_choices(model, layers, stats, request, (include, exclude))
     jobs = [_job(name, layers[name], choice, stats, request) for name, choice in dense.items() if not choice.reason]
     found = run(chosen.propose, jobs, executor=executor, description="Decomposing layers")
     candidates = {job.name: choices for job, choices in zip(jobs, found, strict=True)}
@@ -100,11 +108,27 @@ def plan(  # noqa: PLR0913
     return result
 
 
+def _weightless(model: nn.Module, name: str | Select, rule: Rule, init: Init) -> bool:
+    """Tell whether no weight is to be read; raise where the rule must."""
+    if init not in INITS:
+        raise PlanError(f"init={init!r} is neither 'decompose' nor 'random'")
+    if init == "random" and rule.needs_weights:
+        others = ", ".join(repr(other) for other, row in RULES.items() if not row.needs_weights)
+        raise PlanError(f"rule {name!r} reads the weights, and init='random' reads none: use rule {others}")
+    return init == "random" or (not rule.needs_weights and all(p.is_meta for p in model.parameters()))
+
+
 def _checked(
-    names: str | Sequence[str], budget: Budget | None, stats: Stats | None, multiple: int, seed: int
+    names: str | Sequence[str],
+    budget: Budget | None,
+    stats: Stats | None,
+    multiple: int,
+    seed: int,
+    *,
+    weightless: bool,
 ) -> _Request:
     names = (names,) if isinstance(names, str) else tuple(names)
-    known = sorted(methods() - {"dense"})
+    known = sorted(methods() - {"dense", *BLOCKS})  # a block has no layer of its own to plan
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise PlanError(f"unknown method {unknown[0] if unknown else names!r}: the methods are {', '.join(known)}")
@@ -115,7 +139,7 @@ def _checked(
         raise PlanError("a budget on MACs needs stats=measure(model, example=…): MACs depend on the input")
     if "macs" in limits and stats is not None and not stats.macs:
         raise PlanError("a budget on MACs means nothing here: the model did none on its example")
-    return _Request(names, limits, multiple, seed)
+    return _Request(names, limits, multiple, seed, weightless)
 
 
 def _check_stats(layers: Mapping[str, nn.Module], stats: Stats | None) -> None:
@@ -137,7 +161,7 @@ def _dense_choices(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     stats: Stats | None,
-    names: tuple[str, ...],
+    request: _Request,
     filters: tuple[str | Sequence[str], str | Sequence[str]],
 ) -> dict[str, Choice]:
     """Return the dense choice of every layer, with a reason where it is the only one."""
@@ -150,7 +174,8 @@ def _dense_choices(
         if name in excluded or name not in included:
             reason = "excluded" if name in excluded else "not included"
         else:
-            reason = refused.get(name) or layer_refusal(name, layer) or _unusable(name, layer, stats, names)
+            unfit = refusal(without_values(layer)) if request.weightless else layer_refusal(name, layer)
+            reason = refused.get(name) or unfit or _unusable(name, layer, stats, request.methods)
         params, macs = count_params(layer), stats.layers[name].macs if stats else None
         choices[name] = Choice(
             "dense", params=params, macs=macs, error=0.0, reason=reason, dense_params=params, dense_macs=macs
@@ -169,7 +194,7 @@ def _unusable(name: str, layer: nn.Module, stats: Stats | None, names: tuple[str
 def _job(name: str, layer: nn.Module, dense: Choice, stats: Stats | None, request: _Request) -> Job:
     return Job(
         name=name,
-        layer=stock_twin(layer),
+        layer=stock_twin(without_values(layer) if request.weightless else layer),
         dense=dense,
         calls=stats.layers[name].calls if stats else None,
         batch_size=stats.batch_size if stats else 1,
@@ -177,6 +202,7 @@ def _job(name: str, layer: nn.Module, dense: Choice, stats: Stats | None, reques
         budgeted=tuple(request.limits),
         multiple=request.multiple,
         seed=layer_seed(name, request.seed),
+        weightless=request.weightless,
     )
 
 

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from rankfold._tensorfile import json_text, read_tensors, write_tensors
 from rankfold.errors import RankfoldError, StoreError
+from rankfold.train._method import TrainingMethod
+from rankfold.train._method_file import split_state
 from rankfold.train._recipe import Epoch, Recipe
 
 KEY = "rankfold_checkpoint"
 FORMAT = 1
-VOLATILE = ("progress", "checkpoint")  # settings that a resumed run may change
+VOLATILE = ("progress", "checkpoint", "watch", "method")  # settings that a resumed run may change, or checks itself
 
 
 @dataclass(eq=False)
@@ -33,6 +35,7 @@ class State:
     best: dict[str, Tensor] | None = None
     best_metric: float = -torch.inf
     kept: int = 0
+    method: TrainingMethod | None = None
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -92,6 +95,7 @@ def write_checkpoint(path: str | os.PathLike[str], state: State, common: Mapping
         for name, value in values.items():
             room: dict[str, Any] = moments if isinstance(value, Tensor) else numbers
             room[f"{index}.{name}"] = value
+    plain, remembered = split_state(state.method)
     header = {
         "format": FORMAT,
         "settings": common,
@@ -100,6 +104,7 @@ def write_checkpoint(path: str | os.PathLike[str], state: State, common: Mapping
         "best_metric": state.best_metric,
         "groups": optimizer["param_groups"],
         "numbers": numbers,
+        "method": plain,
     }
     try:
         text = json.dumps(header)
@@ -112,6 +117,7 @@ def write_checkpoint(path: str | os.PathLike[str], state: State, common: Mapping
         "model": named_tensors(state.model),
         "best": state.best or {},
         "optimizer": moments,
+        "method": remembered,
         "random": _random_states(state.device),
         "loader": {str(i): generator.get_state() for i, generator in enumerate(state.generators)},
     }
@@ -156,6 +162,7 @@ def _fill(path: str | os.PathLike[str], state: State, header: dict[str, Any], te
         index, _, name = key.partition(".")
         values.setdefault(int(index), {})[name] = value
     state.optimizer.load_state_dict({"state": values, "param_groups": header["groups"]})
+    _resume_method(path, state.method, header.get("method", {}), rooms.get("method", {}), state.device)
     _set_random_states(state.device, rooms["random"])
     for index, generator in enumerate(state.generators):
         generator.set_state(rooms["loader"][str(index)])
@@ -163,6 +170,18 @@ def _fill(path: str | os.PathLike[str], state: State, header: dict[str, Any], te
     state.best = {name: tensor.to(state.device) for name, tensor in best.items()} if best else None
     state.rows, state.kept, state.best_metric = rows, header["kept"], header["best_metric"]
     restore(state.model, model)
+
+
+def _resume_method(
+    path: str | os.PathLike[str],
+    method: TrainingMethod | None,
+    plain: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
+) -> None:
+    _compare(path, plain.get("method"), None if method is None else type(method).__name__, "training method")
+    if method is not None:
+        method.load_state_dict({**plain, **{name: tensor.to(device) for name, tensor in tensors.items()}})
 
 
 def _compare(path: str | os.PathLike[str], found: Any, wanted: Any, name: str) -> None:

@@ -31,6 +31,7 @@ from rankfold.train._checkpoint import (
 )
 from rankfold.train._losses import Terms, combine, distillation_loss, logits_of, product_decay, task_loss
 from rankfold.train._recipe import Epoch, History, Recipe
+from rankfold.train._targets import unwrapped
 
 STANDARD = Recipe()
 
@@ -86,7 +87,7 @@ def fit(
     _check(model, teacher, epochs, lr, evaluates=evaluate is not None, recipe=recipe)
     device = device_of(model)
     optimizer = recipe.build_optimizer(_groups(model, recipe.weight_decay), lr)
-    state = State(model, optimizer, device, loader_generators(loader))
+    state = State(model, optimizer, device, loader_generators(loader), method=recipe.method)
     session = _Session(state, loader, teacher, recipe, epochs, evaluate)
     with (
         own_randomness(recipe.seed, device),
@@ -97,6 +98,8 @@ def fit(
         session.start(common)
         try:
             for epoch in range(len(state.rows), epochs):
+                if recipe.method is not None and recipe.method.finished:
+                    break
                 session.run(epoch)
                 if recipe.checkpoint is not None:
                     write_checkpoint(recipe.checkpoint, state, common)
@@ -151,6 +154,8 @@ class _Session:
         if self.teacher is not None:
             self.teacher.eval()
         means = self._train(epoch)
+        if self.recipe.method is not None:
+            self.recipe.method.epoch()
         metric = self._metric()
         rate = self.state.optimizer.param_groups[0]["lr"]
         row = Epoch(epoch + 1, **means, lr=rate, metric=metric, seconds=time.perf_counter() - began)
@@ -160,6 +165,8 @@ class _Session:
             self.state.best, self.state.best_metric = snapshot(self.state.model), metric or 0.0
         if better or self.state.best is None:
             self.state.kept = epoch + 1
+        if self.recipe.watch is not None:
+            self.recipe.watch(row)
 
     def _train(self, epoch: int) -> dict[str, Any]:
         """Take every step of an epoch; return the mean of each term of the loss."""
@@ -202,7 +209,8 @@ class _Session:
         alone = distillation is not None and (target is None or self.recipe.alpha == 1)
         task = None if alone else task_loss(output, target, self.recipe.loss)
         decay = product_decay(self.factorised) if self.factorised else None
-        return combine(task, distillation, decay, alpha=self.recipe.alpha, lam=self.recipe.decay)
+        penalty = None if self.recipe.method is None else self.recipe.method.penalty()
+        return combine(task, distillation, decay, penalty, alpha=self.recipe.alpha, lam=self.recipe.decay)
 
     def _distillation(self, teacher: nn.Module, batch: Any, output: Any) -> Tensor:
         args, kwargs = to_device(batch_arguments(batch), device_of(teacher))
@@ -220,6 +228,8 @@ class _Session:
         if not math.isfinite(norm.item()):
             return f"the norm of the gradient ({norm.item()})"
         self.state.optimizer.step()
+        if self.recipe.method is not None:
+            self.recipe.method.step()
         return ""
 
     def _diagnosis(self, bad: str, epoch: int, step: int) -> str:
@@ -253,6 +263,8 @@ def _check(
         raise RankfoldError(f"lr is a number above 0, not {lr!r}")
     if recipe.keep_best and not evaluates:
         raise RankfoldError("keep_best needs evaluate=: a function that returns the metric of a model")
+    if recipe.method is not None and unwrapped(recipe.method.model) is not unwrapped(model):
+        raise RankfoldError("the method in the recipe is of another model: train method.model")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise RankfoldError("the model has no weight that requires a gradient: nothing to train")
     tensors = {id(t): name for name, t in named_tensors(model).items()}

@@ -23,6 +23,7 @@ class Terms:
     task: Tensor | None = None
     distillation: Tensor | None = None
     decay: Tensor | None = None
+    penalty: Tensor | None = None
 
     def values(self) -> dict[str, float | None]:
         """Return the terms as plain numbers."""
@@ -95,14 +96,21 @@ def product_decay(layers: Sequence[nn.Module]) -> Tensor:
     return 0.5 * torch.stack([norm.float() for norm in norms]).sum()
 
 
-def combine(
-    task: Tensor | None, distillation: Tensor | None, decay: Tensor | None, *, alpha: float, lam: float
+def combine(  # noqa: PLR0913
+    task: Tensor | None,
+    distillation: Tensor | None,
+    decay: Tensor | None,
+    penalty: Tensor | None = None,
+    *,
+    alpha: float,
+    lam: float,
 ) -> Terms:
-    """Return (1 - alpha) task + alpha distillation + lam decay; without a target the distillation alone."""
+    """Return (1 - alpha) task + alpha distillation + lam decay + penalty; without a target no task and no alpha."""
     if task is None:
         if distillation is None:
             raise DataError("a batch has no target and there is no teacher: nothing to learn from")
         total = distillation
     else:
         total = task if distillation is None else (1 - alpha) * task + alpha * distillation
-    return Terms(total if decay is None else total + lam * decay, task, distillation, decay)
+    total = total if decay is None else total + lam * decay
+    return Terms(total if penalty is None else total + penalty, task, distillation, decay, penalty)

@@ -13,6 +13,7 @@ import torch
 
 from rankfold.errors import RankfoldError
 from rankfold.train._losses import Loss
+from rankfold.train._method import TrainingMethod
 
 Optimizer = Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]
 
@@ -59,6 +60,9 @@ class Recipe:
         clip: Largest norm of the gradient; `math.inf` for none.
         batchnorm: Number of batches to re-estimate BatchNorm statistics on before the first step; 0 for none.
         keep_best: Whether to end with the weights of the epoch with the highest metric instead of the last's.
+        method: A low-rank training method of this model, such as `SVDTraining(model)`: its penalty joins the loss,
+            it is told of each step and each epoch, and training stops when it is finished.
+        watch: Called with the row of each epoch once that is over.
         checkpoint: File to write after each epoch, and to resume from where it exists.
         seed: Seeds dropout and a `DataLoader` that shuffles without a generator of its own.
         progress: Whether to show a progress bar on a terminal.
@@ -82,6 +86,8 @@ class Recipe:
     clip: float = 1.0
     batchnorm: int = 100
     keep_best: bool = False
+    method: TrainingMethod | None = None
+    watch: Callable[[Epoch], None] | None = None
     checkpoint: str | os.PathLike[str] | None = None
     seed: int = 0
     progress: bool = True
@@ -130,6 +136,7 @@ class Epoch:
     lr: float
     metric: float | None
     seconds: float
+    penalty: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,257 @@
+"""Replace a block of a network by one flexible layer, found from what the block computes on data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.decompose import Basis, Coupled, svd
+from rankfold.errors import BudgetError, DataError, RankfoldError
+from rankfold.layers import FlexibleLinear
+from rankfold.planning import Budget, Choice, Plan, block_modules
+from rankfold.stats import count_params, walk
+from rankfold.surgery import replace_block
+from rankfold.train._block_data import Block, checked_samples, read_block, sample_inputs
+from rankfold.train._block_tensors import activation_of, affine_error, affordable, frame_of, solve_block, value_error
+
+HELD_OUT = 5  # one sample in so many is kept to measure the error on
+MEMORY = 1e9
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """What a flexible layer of one rank does in the place of a block.
+
+    Attributes:
+        rank: the number of neurons.
+        params: its parameters.
+        error: relative Frobenius error of its values on held-out samples.
+        low_rank_error: the same of the block with its weights truncated by SVD to as many parameters.
+        affine_error: the same of the best affine map of the block's inputs, whatever its parameters; where a flexible
+            layer is no better, the block is nearly linear on the data.
+    """
+
+    rank: int
+    params: int
+    error: float
+    low_rank_error: float
+    affine_error: float
+
+
+def decouple(  # noqa: PLR0913 (one keyword per choice)
+    model: nn.Module,
+    block: str,
+    data: Iterable[Any],
+    *,
+    rank: int | None = None,
+    budget: Budget | None = None,
+    basis: str = "piecewise",
+    size: int = 8,
+    element: str | None = None,
+    samples: int = 1280,
+    memory: float = MEMORY,
+    seed: int = 0,
+) -> tuple[nn.Module, Plan]:
+    """Return a new model in which one flexible layer stands for a block, and its plan; the model is not changed.
+
+    The block is a chain of linear layers with pointwise functions between them. Its inputs are sampled on the data;
+    its values and Jacobians there are factorised by `rankfold.decompose.coupled`, in coordinates in which the inputs
+    have unit variance, compressed to the leading `2 rank + 16` of inputs and outputs. The predicted error in the
+    plan is that of the values on one fifth of the samples, which the solver does not see.
+
+    Args:
+        model: any module.
+        block: names of the first and the last module of the block, "classifier.0:classifier.2".
+        data: an iterable of batches, as for `rankfold.measure`; as many are used as give the samples.
+        rank: the number of neurons.
+        budget: instead of the rank, `Budget(params=…)`: the highest rank at which the whole model keeps no more.
+        basis: the family of the activations, as in `rankfold.layers.FlexibleActivation`.
+        size: functions per activation.
+        element: "relu", "tanh", "gelu" or "" for none; by default the block's own activation where it is curved.
+        samples: how many rows of the block's input to use.
+        memory: bytes that the Jacobians may take with the solver's copies; fewer samples are used if they do not fit.
+        seed: of the choice of samples and of random starts.
+
+    Raises:
+        PlanError: the model has no such block.
+        LayerError: the block branches, or holds a layer that is neither linear nor pointwise.
+        DataError: no data, NaN or Inf in it, fewer samples than the rank.
+        BudgetError: a budget that no rank meets, or not on parameters.
+        DecompositionError: a rank below 1, an unknown basis.
+
+    References:
+        Zniyed, Usevich, Miron and Brie 2021.
+
+    Example:
+        >>> import torch, rankfold as rf
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> small, plan = decouple(model, "0:2", [torch.randn(400, 8)] * 8, rank=6, samples=300)
+        >>> small[0].rank, small(torch.ones(1, 8)).shape, plan.layers["0:2"].method
+        (6, torch.Size([1, 4]), 'flexible')
+    """
+    chain = read_block(model, block)
+    options = _options(chain, basis, size, element)
+    rank = _rank(model, block, chain, rank, budget, options)
+    train, held = _samples(model, block, data, chain, rank, samples, seed)
+    found = _solve(chain, train, rank, _basis(options), memory, seed)
+    layer = FlexibleLinear.from_factors(found, device=train.device, dtype=chain.source.weight.dtype)
+    plan = _plan(model, block, layer, value_error(found, chain, held), budget)
+    return replace_block(model, block, layer), plan
+
+
+def decouple_errors(  # noqa: PLR0913 (one keyword per choice)
+    model: nn.Module,
+    block: str,
+    data: Iterable[Any],
+    ranks: Sequence[int],
+    *,
+    basis: str = "piecewise",
+    size: int = 8,
+    element: str | None = None,
+    samples: int = 1280,
+    memory: float = MEMORY,
+    seed: int = 0,
+) -> tuple[BlockError, ...]:
+    """Return the error of the values on held-out samples at each rank, beside truncated SVD's and an affine map's.
+
+    To choose a rank by: take the lowest whose error is small enough, and none where the low-rank error at equal
+    parameters is the smaller one, or where an affine map does as well. The arguments are those of `decouple`; the
+    model is not changed.
+
+    Raises:
+        RankfoldError: as `decouple` does.
+
+    Example:
+        >>> import torch, rankfold as rf
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4))
+        >>> curve = decouple_errors(model, "0:2", [torch.randn(400, 8)] * 8, (1, 8), samples=300)
+        >>> [point.rank for point in curve], curve[1].error < curve[0].error
+        ([1, 8], True)
+    """
+    chain = read_block(model, block)
+    options = _options(chain, basis, size, element)
+    for rank in ranks:
+        _check_rank(rank)
+    if not ranks:
+        raise RankfoldError("an error curve needs at least one rank")
+    train, held = _samples(model, block, data, chain, max(ranks), samples, seed)
+    points = []
+    affine = affine_error(chain, train, held)
+    for rank in ranks:
+        found = _solve(chain, train, rank, _basis(options), memory, seed)
+        params = _params(chain, rank, options)
+        truncated = _low_rank_error(chain, params, held)
+        points.append(BlockError(rank, params, value_error(found, chain, held), truncated, affine))
+    return tuple(points)
+
+
+def _options(block: Block, basis: str, size: int, element: str | None) -> dict[str, Any]:
+    """Return the options of the layer; a block with a curved activation gets it as an element."""
+    if element is None:
+        own = activation_of(block)
+        element = own if own != "relu" else ""
+    return {"basis": basis, "size": size, **({"element": element} if element else {})}
+
+
+def _basis(options: dict[str, Any]) -> Basis:
+    return Basis(options["basis"], options["size"], options.get("element", ""))
+
+
+def _check_rank(rank: Any) -> int:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise RankfoldError(f"rank of a flexible layer is an int >= 1, not {rank!r}")
+    return rank
+
+
+def _params(block: Block, rank: int, options: dict[str, Any]) -> int:
+    ends = block.linears[0].in_features, block.linears[-1].out_features
+    return FlexibleLinear.cost(*ends, 0, rank=rank, **options).params
+
+
+def _rank(  # noqa: PLR0913 (private; one caller)
+    model: nn.Module, name: str, block: Block, rank: int | None, budget: Budget | None, options: dict[str, Any]
+) -> int:
+    """Return the rank given, or the highest that a budget on parameters allows."""
+    if (rank is None) == (budget is None):
+        raise RankfoldError("give either rank= or budget=Budget(params=…), and not both")
+    if budget is None:
+        return _check_rank(rank)
+    if budget.params is None or budget.macs is not None:
+        raise BudgetError("the rank of a block follows from a budget on params alone: Budget(params=…)")
+    total = count_params(model)
+    rest = total - sum(map(count_params, block_modules(model, name).values()))
+    fixed = 2 * _params(block, 1, options) - _params(block, 2, options)
+    unit = _params(block, 2, options) - _params(block, 1, options)
+    found = int((budget.params * total - rest - fixed) // unit)
+    if found < 1:
+        reachable = (rest + fixed + unit) / total
+        raise BudgetError(
+            f"block {name!r} at rank 1 leaves {reachable:.4f} of the model's parameters, more than {budget.params}: "
+            f"the rest of the model has {rest} of {total}"
+        )
+    return found
+
+
+def _samples(  # noqa: PLR0913 (private; two callers)
+    model: nn.Module, name: str, data: Iterable[Any], block: Block, rank: int, samples: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return inputs of the block to solve on, and others to measure the error on."""
+    found = sample_inputs(model, name, data, block, checked_samples(samples), seed)
+    train, held = found[: len(found) - len(found) // HELD_OUT], found[len(found) - len(found) // HELD_OUT :]
+    if len(train) < rank or not len(held):
+        raise DataError(
+            f"block {name!r}: {len(found)} samples, of which {len(held)} are held out, are too few for rank {rank}: "
+            "give more data, or a lower rank"
+        )
+    return train, held
+
+
+def _solve(block: Block, inputs: Tensor, rank: int, basis: Basis, memory: float, seed: int) -> Coupled:
+    frame = frame_of(block, inputs, rank, seed)
+    return solve_block(block, inputs[: affordable(frame, len(inputs), rank, memory)], frame, rank, basis, seed)
+
+
+def _plan(model: nn.Module, name: str, layer: FlexibleLinear, error: float, budget: Budget | None) -> Plan:
+    """Return a plan that names the block, and every layer outside it as dense."""
+    members = block_modules(model, name)
+    choices: dict[str, Choice] = {}
+    for key, outside in walk(model):
+        params = count_params(outside)
+        if key not in members:
+            choices[key] = Choice("dense", params=params, error=0.0, dense_params=params)
+        elif key == next(iter(members)):
+            dense = sum(map(count_params, members.values()))
+            options = dict(layer.options)
+            choices[name] = Choice(
+                layer.method, layer.rank, options, params=count_params(layer), error=error, dense_params=dense
+            )
+    return Plan(choices, budget=budget, dense_params=count_params(model))
+
+
+def _low_rank_error(block: Block, params: int, inputs: Tensor) -> float:
+    """Return the error of the values with every weight truncated by SVD, as far as so many parameters allow."""
+    layers = block.linears
+    biases = sum(0 if layer.bias is None else layer.bias.numel() for layer in layers)
+    weights = [layer.weight.numel() for layer in layers]
+    values = block(inputs)
+    scale = torch.linalg.vector_norm(values - values.mean(0)).clamp_min(1e-300)
+    truncated = {}
+    for layer, entries in zip(layers, weights, strict=True):
+        share = (params - biases) * entries / sum(weights)
+        rank = int(share // (layer.in_features + layer.out_features))
+        full = min(layer.weight.shape)
+        if share < entries:
+            truncated[id(layer)] = svd(layer.weight, rank).to_dense() if 0 < rank < full else 0 * layer.weight
+    stages = []
+    for stage in block.stages:
+        if id(stage) in truncated:
+            twin = nn.Linear(1, 1, device="meta")
+            twin.weight, twin.bias = nn.Parameter(truncated[id(stage)]), stage.bias  # type: ignore[assignment]
+            stage = twin
+        stages.append(stage)
+    low = replace(block, stages=tuple(stages))
+    return float(torch.linalg.vector_norm(low(inputs) - values) / scale)

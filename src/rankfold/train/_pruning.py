@@ -1,0 +1,75 @@
+"""From the ranks that a training found to a plan, and to a model of plain low-rank layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from rankfold.errors import RankfoldError
+from rankfold.layers import Options, layer_class, stock_twin
+from rankfold.planning import RULES, Budget, Choice, Plan, layer_refusal, plan
+from rankfold.stats import Stats, count_params, measure, walk
+
+NO_SAVING = "its rank of {} saves nothing"
+
+
+def plan_of_ranks(model: nn.Module, ranks: Mapping[str, tuple[int, Options]], stats: Stats | None = None) -> Plan:
+    """Return a plan of plain low-rank layers with these ranks and options.
+
+    A layer stays dense where its rank makes its parameters or its MACs (where `stats` says them) larger, or neither
+    smaller.
+    """
+    choices = {}
+    for name, layer in walk(model):
+        dense = _dense_choice(name, layer, stats)
+        reason = layer_refusal(name, layer) if name in ranks else "not trained for low rank"
+        choices[name] = replace(dense, reason=reason) if reason else _low_rank(name, layer, dense, *ranks[name], stats)
+    return Plan(choices, None, count_params(model), stats.macs if stats else None)
+
+
+def plan_of_budget(model: nn.Module, options: Mapping[str, Options], budget: Budget, example: Any) -> Plan:
+    """Return the plan of least error within a budget over layers with these options.
+
+    Raises:
+        RankfoldError: a budget on MACs without an example.
+        BudgetError: the budget cannot be met even at rank 1.
+    """
+    if budget.macs is not None and example is None:
+        raise RankfoldError("prune(budget=Budget(macs=…)) needs example=: MACs depend on the input")
+
+    def select(candidates: Mapping[str, Sequence[Choice]], limits: Mapping[str, int]) -> Mapping[str, Choice]:
+        same_split = {
+            name: [choice for choice in choices if choice.method == "dense" or choice.options == options[name]]
+            for name, choices in candidates.items()
+        }
+        return RULES["optimal"].select(same_split, limits)
+
+    stats = None if example is None else measure(model, example=example)
+    return plan(model, budget=budget, stats=stats, methods="svd", rule=select, include=tuple(options))
+
+
+def stats_of(model: nn.Module, example: Any) -> Stats | None:
+    """Return what `measure` says on an example; None without one."""
+    return None if example is None else measure(model, example=example)
+
+
+def _dense_choice(name: str, layer: nn.Module, stats: Stats | None) -> Choice:
+    params, macs = count_params(layer), stats.layers[name].macs if stats else None
+    return Choice("dense", params=params, macs=macs, error=0.0, dense_params=params, dense_macs=macs)
+
+
+def _low_rank(name: str, layer: nn.Module, dense: Choice, rank: int, options: Options, stats: Stats | None) -> Choice:
+    """Return the choice of this rank, or the dense one with the reason why."""
+    twin = stock_twin(layer)
+    cls = layer_class(twin, "svd")
+    cost = cls.cost(twin, stats.layers[name].calls if stats else (), rank=rank, **options)
+    macs = cost.macs // stats.batch_size if stats else None
+    params_saved, macs_saved = (dense.params or 0) - cost.params, (dense.macs or 0) - (macs or 0)
+    saved = (params_saved, *([] if stats is None else [macs_saved]))
+    if min(saved) < 0 or max(saved) == 0:
+        return replace(dense, reason=NO_SAVING.format(rank))
+    (error,) = cls.errors(twin, [rank], **options)
+    return replace(dense, method="svd", rank=rank, options=options, params=cost.params, macs=macs, error=error)

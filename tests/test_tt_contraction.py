@@ -1,0 +1,384 @@
+"""Is a tensor train contracted in the planned order, within the planned memory, with the same result in each order?"""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import rankfold as rf
+from rankfold.errors import LayerError, PlanError
+from rankfold.layers import TTConv1d, TTConv2d, TTLinear, _tt_conv_plan, _tt_order
+from rankfold.layers._tt_contract import contract
+from rankfold.layers._tt_order import BATCHES, CHUNK, Chain, Step, Sweep, bucket, order_of, plan_sweep
+from rankfold.layers._tt_plan import sweeps
+
+few = settings(max_examples=15, deadline=None, derandomize=True)
+F64 = torch.float64
+VGG = {"in_shape": (2, 7, 8, 8, 7, 4), "out_shape": (4,) * 6}
+SQUARE = {"in_shape": (8,) * 4, "out_shape": (8,) * 4}
+
+
+class Made(TorchDispatchMode):
+    """Watches the bytes of the largest tensor that an operation allocates."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor):
+                self.largest = max(self.largest, value.untyped_storage().nbytes())
+        return result
+
+
+def groupings(order):
+    for cuts in itertools.product((False, True), repeat=order - 1):
+        yield tuple(itertools.pairwise([0, *(k + 1 for k, cut in enumerate(cuts) if cut), order]))
+
+
+def force(layer, sweep):
+    """Make a layer take one order for every batch and mode."""
+    plans = (sweep,) * len(BATCHES)
+    layer._plans = {False: plans, True: plans}
+    return layer
+
+
+def gradients(layer, x, forward):
+    """The output, and the gradients of the input and of every parameter."""
+    leaf = x.clone().requires_grad_()
+    output = forward(leaf)
+    seen = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32).to(output.dtype)
+    return output, *torch.autograd.grad(output, [leaf, *layer.parameters()], seen)
+
+
+def same(actual, expected, **tolerance):
+    for got, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, wanted, **tolerance)
+
+
+CHAIN = Chain((2, 3, 2, 4), (3, 2, 4, 2), (1, 3, 5, 2, 1))
+
+
+@pytest.mark.parametrize("from_left", [True, False])
+@pytest.mark.parametrize("groups", list(groupings(4)), ids=str)
+@pytest.mark.parametrize("chunk", [0, 1, 4, 6, 9])  # 4 does not divide the six rows
+def test_every_order_gives_the_same_result(groups, from_left, chunk):
+    cores = [torch.randn(shape, dtype=F64, requires_grad=True) for shape in CHAIN.shapes]
+    x = torch.randn(6, 48, 3, dtype=F64, requires_grad=True)  # three columns are carried along
+    weight = contract(torch.eye(48, dtype=F64)[None], cores, Sweep(((0, 4),), True))[0]
+    expected = weight @ x
+    for recompute in (False, True):
+        actual = contract(x, cores, Sweep(groups, from_left, chunk, recompute))
+        seen = torch.randn_like(actual)
+        found = torch.autograd.grad(actual, [x, *cores], seen)
+        same([actual, *found], [expected, *torch.autograd.grad(expected, [x, *cores], seen, retain_graph=True)])
+
+
+SHAPES = [  # in, out, options: exact, primes padded, long, modes of one, redundant bonds
+    (12, 20, {"in_shape": (3, 4), "out_shape": (4, 5)}),
+    (11, 17, {"in_shape": (3, 4), "out_shape": (3, 6)}),
+    (23, 7, {"in_shape": (2, 3, 4), "out_shape": (2, 2, 2)}),
+    (36, 16, {"in_shape": (2, 3, 3, 2), "out_shape": (2, 2, 2, 2)}),
+    (30, 8, {"in_shape": (1, 5, 6), "out_shape": (2, 4, 1)}),
+    (31, 61, {"in_shape": (2, 4, 4), "out_shape": (4, 4, 4), "redundant": True}),
+]
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "options"), SHAPES)
+@given(data=st.data(), cap=st.integers(1, 9), rows=st.sampled_from([0, 1, 5, 33]), chunk=st.sampled_from([0, 1, 4]))
+@few
+def test_a_layer_equals_its_dense_layer_in_every_order(inputs, outputs, options, data, cap, rows, chunk):
+    full = TTLinear.full_rank(nn.Linear(inputs, outputs, device="meta"), **options)
+    rank = cap if options.get("redundant") else min(cap, full)
+    layer = TTLinear(inputs, outputs, dtype=F64, rank=rank, **options)
+    groups = data.draw(st.sampled_from(list(groupings(len(options["in_shape"])))))
+    x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows), dtype=F64)
+    expected = gradients(layer, x, lambda leaf: nn.functional.linear(leaf, layer.weight, layer.bias))
+    torch.testing.assert_close(layer.to_dense()(x), expected[0])
+    for sweep in (None, Sweep(groups, data.draw(st.booleans()), chunk, data.draw(st.booleans()))):
+        forced = layer if sweep is None else force(layer, sweep)
+        same(gradients(forced, x, forced), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@given(data=st.data())
+@few
+def test_the_plan_counts_what_is_done_and_allocated(training, data):
+    order = data.draw(st.integers(2, 4))
+    dims = st.lists(st.integers(2, 8), min_size=order, max_size=order).map(tuple)
+    in_shape, out_shape = data.draw(dims), data.draw(dims)
+    sizes, rows = (math.prod(in_shape), math.prod(out_shape)), data.draw(st.sampled_from([1, 3, 40, 300]))
+    layer = TTLinear(
+        *sizes, False, rank=data.draw(st.integers(1, 9)), redundant=True, in_shape=in_shape, out_shape=out_shape
+    )
+    plan = layer.plan(rows, training)
+    x = torch.randn(rows, sizes[0], requires_grad=training)
+    with torch.set_grad_enabled(training), FlopCounterMode(display=False) as counter, Made() as made:
+        output = layer(x)
+    assert counter.get_total_flops() == 2 * plan.macs
+    assert made.largest <= max(plan.peak, 4 * output.numel(), 4 * x.numel())
+    if training:
+        with FlopCounterMode(display=False) as counter:
+            output.sum().backward()
+        assert counter.get_total_flops() == 2 * plan.backward_macs
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "rank", "batch"),
+    [
+        ((4096, 4096), SQUARE, 16, 70),
+        ((25088, 4096), VGG, 4, 50),
+        ((4096, 4096), {"in_shape": (64, 64), "out_shape": (64, 64)}, 8, 33),
+    ],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_no_intermediate_exceeds_the_bound(sizes, options, rank, batch, training):
+    layer = TTLinear(*sizes, rank=rank, **options)
+    plan = layer.plan(batch, training)
+    assert plan.chunk < batch
+    assert plan.peak <= 4 * CHUNK
+    x = torch.randn(batch, sizes[0], requires_grad=training)
+    with torch.set_grad_enabled(training), Made() as made:
+        output = layer(x)
+    ends = 4 * max(x.numel(), output.numel())
+    assert made.largest <= max(plan.peak, ends)
+    if training:
+        with Made() as made:
+            output.sum().backward()
+        assert made.largest <= max(4 * CHUNK, ends)
+
+
+@given(st.data())
+@few
+def test_the_planned_order_is_the_fastest_of_the_model(data):
+    order = data.draw(st.integers(2, 5))
+    dims = st.lists(st.integers(1, 9), min_size=order, max_size=order).map(tuple)
+    ranks = data.draw(st.lists(st.integers(1, 20), min_size=order - 1, max_size=order - 1))
+    chain, rows = Chain(data.draw(dims), data.draw(dims), (1, *ranks, 1)), data.draw(st.sampled_from(BATCHES))
+    training = data.draw(st.booleans())
+    plan = plan_sweep(chain, rows, training=training)
+    scores = []
+    for from_left in (True, False):
+        seconds = _tt_order._seconds(chain, rows, from_left, training, 1)
+        scores += [_tt_order.RATE * sum(itertools.starmap(seconds, groups)) for groups in groupings(order)]
+    assert plan.score * _tt_order.TIE <= min(scores) <= plan.score * (1 + 1e-9)
+
+
+def test_plans_differ_between_batches_and_are_cached():
+    chain = Chain((8,) * 4, (8,) * 4, (1, 8, 8, 8, 1))
+    assert len(plan_sweep(chain, 1).groups) > len(plan_sweep(chain, 1024).groups) == 2
+    assert plan_sweep(chain, 1024) is plan_sweep(Chain((8,) * 4, (8,) * 4, (1, 8, 8, 8, 1)), 1024)
+    layer = TTLinear(4096, 4096, rank=8, **SQUARE)
+    assert layer.plan(1000) is layer.plan(1000)
+    assert [bucket(rows) for rows in (0, 1, 2, 10**9)] == [0, 0, 1, len(BATCHES) - 1]
+
+
+def test_the_mode_of_a_plan_is_that_of_a_call():
+    layer = TTLinear(64, 64, rank=4)
+    assert layer.plan(8).training
+    with torch.no_grad():
+        assert not layer.plan(8).training
+    assert not layer.requires_grad_(False).plan(8).training
+    assert layer.plan(8, training=True).backward_macs > 0 == layer.plan(8, training=False).backward_macs
+
+
+def test_a_plan_prints_its_order():
+    plan = TTLinear(4096, 4096, rank=8, **SQUARE).plan(1024, training=True)
+    assert plan.order == "cores (1 2)(3 4) from the left"
+    assert str(plan).splitlines()[0] == "cores (1 2)(3 4) from the left: 1024 rows 32 at a time, training"
+    assert "kept for backward" in str(plan)
+    small = TTLinear(6, 6, rank=4).plan(4000, training=False)
+    assert small.rebuilt
+    assert "the dense weight rebuilt" in str(small)
+
+
+def test_the_steps_of_a_sweep_are_the_matrices_it_multiplies():
+    chain = Chain((2, 3), (4, 5), (1, 6, 1))
+    assert order_of(chain, ((0, 1), (1, 2)), True, training=False).steps(chain) == [
+        Step(1, 12, 4, 5),
+        Step(2, 3, 30, 1),
+    ]
+    right = order_of(chain, ((0, 1), (1, 2)), False, training=True)
+    assert right.steps(chain, 7) == [Step(4, 18, 5, 7), Step(1, 2, 24, 21)]
+    assert right.row_macs == 4 * 18 * 5 + 2 * 24 * 3
+    assert right.kept(chain) == 4 * 18
+    assert right.chunk == CHUNK // (4 * 18)
+
+
+RECOMPUTED = [
+    (lambda **more: TTLinear(25088, 4096, rank=4, **VGG, **more), (50, 25088)),
+    (lambda **more: TTLinear(1200, 890, rank=4, in_shape=(8, 10, 15), out_shape=(9, 10, 10), **more), (7, 2, 1200)),
+    (lambda **more: TTConv2d(64, 48, 3, padding=1, rank=1, in_shape=(8, 8), out_shape=(6, 8), **more), (2, 64, 20, 20)),
+    (lambda **more: TTConv1d(64, 60, 1, rank=2, in_shape=(8, 8), out_shape=(6, 10), **more), (2, 64, 50)),
+]
+
+
+@pytest.fixture
+def chained(monkeypatch):
+    """Convolutions that never rebuild their kernel."""
+    monkeypatch.setattr(_tt_conv_plan, "FILTERING", 1e15)
+    monkeypatch.setattr(_tt_conv_plan, "CONVOLVING", 1.0)
+    _tt_conv_plan.plan_conv.cache_clear()
+    yield
+    _tt_conv_plan.plan_conv.cache_clear()
+
+
+def saved_for_backward(layer, x):
+    """The output, and the bytes of the storages that backward holds on to."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = layer(x)
+    return output, sum(storages.values())
+
+
+@pytest.mark.usefixtures("chained")
+@pytest.mark.parametrize(("make", "size"), RECOMPUTED)
+def test_recomputing_changes_nothing_but_what_is_kept(make, size):
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    layer = make()
+    again = make(recompute=0)
+    again.load_state_dict(layer.state_dict())
+    state = torch.get_rng_state()
+    kept, recomputed = (gradients(each, x, each) for each in (layer, again))
+    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    shape = x.reshape(-1, x.shape[-1]).shape[0] if isinstance(layer, TTLinear) else x.shape
+    plans = [each.plan(shape, training=True) for each in (layer, again)]
+    assert [plan.recomputed for plan in plans] == [False, True]
+    assert plans[0].saved > plans[1].saved == 0
+    assert plans[1].backward_macs > plans[0].backward_macs
+    (_, much), (_, little) = (saved_for_backward(each, x.clone().requires_grad_()) for each in (layer, again))
+    assert little < much - plans[0].saved // 2
+    patient = make(recompute=1e9)
+    assert not patient.plan(shape, training=True).recomputed
+
+
+def test_recompute_compares_intermediates_with_input_and_output():
+    chain = Chain((8,) * 4, (8,) * 4, (1, 8, 8, 8, 1))
+    plan = plan_sweep(chain, 1024, training=True)
+    factor = plan.kept(chain) / (2 * 4096)
+    assert [sweeps(chain, limit)[True][4].recompute for limit in (None, factor, 0.99 * factor)] == [False, False, True]
+    assert not any(sweep.recompute for sweep in sweeps(chain, 0.0)[False])
+
+
+@pytest.mark.parametrize("recompute", [-1, float("nan"), float("inf"), True, "always"])
+def test_a_recompute_that_is_no_factor_is_refused(recompute):
+    with pytest.raises(LayerError, match="recompute="):
+        TTLinear(12, 12, rank=2, recompute=recompute)
+    with pytest.raises(LayerError, match="recompute="):
+        TTConv2d.rank_grid(nn.Conv2d(12, 12, 3), recompute=recompute)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 48), nn.Conv1d(8, 8, 3)
+
+    def forward(self, x):
+        return self.second(self.first(x).reshape(-1, 8, 6))
+
+
+def test_options_are_kept_only_where_set():
+    dense = nn.Linear(64, 48)
+    layer = TTLinear(64, 48, rank=3, recompute=1.5)
+    assert layer.options == {"in_shape": (8, 8), "out_shape": (6, 8), "recompute": 1.5}
+    assert TTLinear.like(dense, rank=3, **layer.options).options == layer.options
+    assert TTLinear.from_dense(dense, rank=3, **layer.options).recompute == 1.5
+    assert "recompute=1.5" in repr(layer)
+    assert set(TTLinear(64, 48, rank=3).options) == {"in_shape", "out_shape"}
+    assert TTConv2d(8, 8, 3, rank=99, redundant=True).options["redundant"] is True
+
+
+def test_a_stored_model_keeps_its_options(tmp_path):
+    net = Net()
+    plan = rf.plan(net, budget=rf.Budget(params=0.9), methods=("tt",), rule="uniform")
+    choices = {
+        "first": {"rank": 3, "options": {"in_shape": (8, 8), "out_shape": (6, 8), "recompute": 1.5}},
+        "second": {"rank": 8, "options": {"in_shape": (2, 4), "out_shape": (4, 2), "redundant": True}},
+    }
+    layers = {name: dataclasses.replace(choice, method="tt", **choices[name]) for name, choice in plan.layers.items()}
+    plan = dataclasses.replace(plan, layers=layers)
+    assert rf.Plan.from_json(plan.to_json()) == plan
+    small = rf.apply(net, plan, init="random")
+    assert small.first.recompute == 1.5
+    assert small.second._chain.ranks == (1, 8, 8, 1)
+    rf.save(small, plan, tmp_path / "small")
+    loaded = rf.load(tmp_path / "small", Net())
+    assert loaded.first.options == small.first.options
+    with pytest.raises(PlanError):
+        rf.Plan.from_json(plan.to_json().replace("1.5", "null"))
+
+
+@pytest.mark.usefixtures("chained")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("make", [make for make, _ in RECOMPUTED[1:3]])
+@pytest.mark.parametrize("recompute", [None, 0])
+def test_autocast_gives_half_precision_in_every_order(dtype, make, recompute):
+    layer = make(recompute=recompute)
+    x = torch.randn(5, 1200) if isinstance(layer, TTLinear) else torch.randn(2, 64, 12, 12)
+    expected = gradients(layer, x, layer)
+    sweep = Sweep(((0, 1), (1, 3)), True, 2) if isinstance(layer, TTLinear) else None
+    for each in (layer, force(layer, sweep)) if sweep else (layer,):
+        with torch.autocast("cpu", dtype=dtype):
+            actual = gradients(each, x, each)
+        assert actual[0].dtype == dtype
+        assert all(got.dtype == torch.float32 for got in actual[1:])
+        for got, wanted in zip(actual, expected, strict=True):
+            assert float((got - wanted).detach().norm()) < 0.05 * float(wanted.detach().norm())
+
+
+@pytest.mark.usefixtures("chained")
+@pytest.mark.parametrize("recompute", [None, 0])
+@pytest.mark.parametrize(("make", "size"), RECOMPUTED[1:])
+def test_exports_with_and_without_recomputing(make, size, recompute):
+    layer, x = make(recompute=recompute), torch.randn(size)
+    axis = {0: torch.export.Dim("batch", min=2, max=64)}
+    for each in (layer, layer.eval()):
+        program = torch.export.export(each, (x,), dynamic_shapes=(axis,))
+        for batch in (2, 5, 40):
+            more = torch.randn(batch, *size[1:])
+            torch.testing.assert_close(program.module()(more), layer(more), rtol=1e-4, atol=1e-5)
+        assert not any("einsum" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.usefixtures("chained")
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [None, 0])
+@pytest.mark.parametrize(("make", "size"), RECOMPUTED[1:])
+def test_compiles_to_one_graph_with_and_without_recomputing(make, size, recompute):
+    torch._dynamo.reset()
+    layer = make(recompute=recompute)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for batch in (size[0], 5, 6, 9):
+        more = torch.randn(batch, *size[1:])
+        same(gradients(layer, more, compiled), gradients(layer, more, layer), rtol=1e-4, atol=1e-4)
+
+
+def test_the_wide_net_of_novikov_keeps_little():
+    wide = TTLinear(3072, 262144, rank=8, in_shape=(4, 4, 4, 4, 4, 3), out_shape=(8,) * 6, recompute=1.0)
+    back = TTLinear(262144, 4096, rank=8, in_shape=(8,) * 6, out_shape=(4,) * 6, recompute=1.0)
+    assert sum(p.numel() for p in wide.cores) == 8640
+    for layer in (wide, back):
+        plan = layer.plan(32, training=True)
+        assert plan.peak <= 4 * CHUNK
+        assert plan.saved < 2**28
+    x = torch.randn(2, 3072)
+    with Made() as made:
+        back(torch.relu(wide(x))).square().mean().backward()
+    assert made.largest <= 4 * CHUNK
+    assert all(core.grad is not None and bool(core.grad.any()) for core in [*wide.cores, *back.cores])
