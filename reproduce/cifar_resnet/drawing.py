@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-Row = dict[str, Any]
+from reproduce.harness import Row
+from reproduce.tables import markdown
+
 STAGES = {"one_shot": "one shot", "batchnorm": "BatchNorm re-estimated", "tuned": "one epoch of tuning"}
 TITLES = {
     "one_shot": "One shot",
@@ -44,11 +44,11 @@ def write_table(rows: dict[str, Row], path: Path) -> None:
     body = [
         "Top-1 in per cent; in brackets the difference to dense on the same 1,000 images ± its standard error.",
         "",
-        *_markdown(HEADINGS, [_dense_cells(dense), *(_cells(row) for row in _planned(rows))]),
+        *markdown(HEADINGS, [_dense_cells(dense), *(_cells(row) for row in _planned(rows))]),
         "",
         "The planner's mix beside the best that a single method reaches with uniform or EVBMF ranks:",
         "",
-        *_markdown(*_comparison(rows)),
+        *markdown(*_comparison(rows)),
     ]
     path.write_text("\n".join(body) + "\n", encoding="utf-8")
 
@@ -65,11 +65,6 @@ def _planned(rows: dict[str, Row]) -> list[Row]:
     return sorted(
         planned, key=lambda row: (-row["budget"], list(STYLES).index(row["method"]), order.index(row["rule"]))
     )
-
-
-def _markdown(headings: Iterable[str], rows: list[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (headings, *rows)]
-    return [lines[0], "|" + "---|" * lines[0].count(" | ") + "---|", *lines[1:]]
 
 
 def _dense_cells(row: Row) -> list[str]:

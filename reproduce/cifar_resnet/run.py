@@ -8,27 +8,23 @@ Rows are written as they are done, so that a run that was stopped goes on where 
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rankfold as rf
-from reproduce import datasets
+from reproduce import datasets, harness
 from reproduce.cifar_resnet import drawing
 from reproduce.cifar_resnet.model import normalised, pretrained
+from reproduce.harness import Row
+from reproduce.training import packed, paired
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results.json"
 BUDGETS = (0.75, 0.5, 0.35)  # shares of the dense MACs
 SINGLE = ("svd", "cp", "tucker", "tt")
 METHODS = {**{name: (name,) for name in SINGLE}, "mix": SINGLE}
@@ -39,8 +35,6 @@ TUNED = ("mix", "cp", "svd")  # with optimal ranks, at each budget; and the dens
 SEED = 0
 CALIBRATION = 2_000  # training images that BatchNorm is re-estimated on
 EPOCHS, BATCH, LEARNING_RATE = 1, 128, 1e-3
-
-Row = dict[str, Any]
 
 
 class Batches:
@@ -120,17 +114,6 @@ class Experiment:
         return {**self.scored(model), "seconds": time.perf_counter() - start}
 
 
-def paired(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Return the mean difference of two outcomes on the same images and its standard error, in per cent."""
-    difference = 100 * (a.double() - b.double())
-    return difference.mean().item(), difference.std().item() / math.sqrt(len(difference))
-
-
-def packed(right: Tensor) -> str:
-    """Return truth values as hexadecimal digits, four a digit, the first image first."""
-    return "".join(f"{int(''.join(map(str, four.int().tolist())), 2):x}" for four in right.split(4))
-
-
 def planned(run: Experiment, budget: float, method: str, rule: str) -> Row:
     """Return the row of one setting: its plan, and what the compressed network scores without training."""
     row: Row = {"budget": budget, "method": method, "rule": rule, "seed": SEED}
@@ -206,43 +189,18 @@ def dense_row(run: Experiment) -> Row:
     return row | {"batchnorm": run.reestimated(model)}
 
 
-def load() -> dict[str, Row]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-
-
-def store(rows: dict[str, Row]) -> None:
-    unfinished = RESULTS.with_suffix(".partial")
-    unfinished.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(unfinished, RESULTS)
-
-
-def measure(rows: dict[str, Row]) -> None:
+def measure(rows: harness.Rows, keep: harness.Keep) -> None:
     """Measure what is missing: every row first, then the fine-tuning, which takes longest."""
     run = Experiment()
     settings = {f"{b} {m} {r}": (b, m, r) for r in RULES for b in BUDGETS for m in RULES[r]}
     for key in ["dense", *settings]:
         if key not in rows:
-            rows[key] = dense_row(run) if key == "dense" else planned(run, *settings[key])
-            store(rows)
-            print(drawing.line(rows[key]), flush=True)
+            keep(key, dense_row(run) if key == "dense" else planned(run, *settings[key]))
     for key in ["dense", *(f"{budget} {method} optimal" for method in TUNED for budget in BUDGETS)]:
         if "tuned" not in rows[key] and "refused" not in rows[key]:
             twins = [row for row in rows.values() if "tuned" in row and replaced(row) == replaced(rows[key])]
-            rows[key]["tuned"] = twins[0]["tuned"] if twins else tuned(run, rows[key])
-            store(rows)
-            print(drawing.line(rows[key]), flush=True)
-
-
-def main() -> None:
-    """Measure, then draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--redraw", action="store_true", help="only write table.md and plot.png from results.json")
-    rows = load()
-    if not parser.parse_args().redraw:
-        measure(rows)
-    drawing.write_table(rows, HERE / "table.md")
-    drawing.write_plot(rows, HERE / "plot.png")
+            keep(key, rows[key] | {"tuned": twins[0]["tuned"] if twins else tuned(run, rows[key])})
 
 
 if __name__ == "__main__":
-    main()
+    harness.main(__doc__, Path(__file__).parent, measure, drawing)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from reproduce.harness import Row, Rows
+from reproduce.tables import finish, markdown, panels, spread
 
 DENSE_WEIGHTS = 990  # 10·1·3·3 + 10·10·3·3
 # Ganzha and Shaposhnikova 2021, Table 1: test accuracy in per cent and compression, by rank.
@@ -36,19 +35,19 @@ def write_table(rows: Rows, path: Path) -> None:
         "",
         "Trained from scratch, five epochs:",
         "",
-        *_markdown(*_scratch(rows)),
+        *markdown(*_scratch(rows)),
         "",
         "Made of the trained base, then trained for one epoch:",
         "",
-        *_markdown(*_tuned(rows)),
+        *markdown(*_tuned(rows)),
         "",
         "From scratch with each stage initialised as torch initialises a convolution that stands alone:",
         "",
-        *_markdown(*_stages(rows)),
+        *markdown(*_stages(rows)),
         "",
         "From scratch, mean over the seeds after each epoch:",
         "",
-        *_markdown(*_epochs(rows)),
+        *markdown(*_epochs(rows)),
     ]
     path.write_text("\n".join(parts) + "\n", encoding="utf-8")
 
@@ -59,18 +58,6 @@ def _runs(rows: Rows, kind: str, rank: int | None) -> list[Row]:
 
 def _finals(runs: list[Row]) -> list[float]:
     return [run["epochs"][-1]["accuracy"] for run in runs]
-
-
-def _spread(values: Sequence[float], digits: int = 2) -> str:
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
-
-
-def _markdown(headings: Iterable[str], rows: list[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (headings, *rows)]
-    return [lines[0], "|" + "---|" * (lines[0].count(" | ") + 1), *lines[1:]]
 
 
 def _scratch(rows: Rows) -> tuple[list[str], list[list[str]]]:
@@ -94,7 +81,7 @@ def _scratch(rows: Rows) -> tuple[list[str], list[list[str]]]:
             lines.append(
                 [
                     *(NAMES[rank], f"{weights}", f"{DENSE_WEIGHTS / weights:.3f}", f"{compression:g}"),
-                    *(_spread(finals), ", ".join(f"{value:.2f}" for value in finals), f"{accuracy:.2f}"),
+                    *(spread(finals), ", ".join(f"{value:.2f}" for value in finals), f"{accuracy:.2f}"),
                     *(f"{statistics.mean(finals) - accuracy:+.2f}", f"{fastest:.1f}"),
                 ]
             )
@@ -106,9 +93,9 @@ def _tuned(rows: Rows) -> tuple[list[str], list[list[str]]]:
     lines = []
     for rank in PUBLISHED:
         runs = _runs(rows, "tuned", rank)
-        errors = [_spread([run["errors"][layer] for run in runs], 3) for layer in ("conv1", "conv2")]
-        one_shot = _spread([run["one_shot"]["accuracy"] for run in runs])
-        finals = [_spread(_finals(found)) for found in (runs, _runs(rows, "scratch", rank))]
+        errors = [spread([run["errors"][layer] for run in runs], 3) for layer in ("conv1", "conv2")]
+        one_shot = spread([run["one_shot"]["accuracy"] for run in runs])
+        finals = [spread(_finals(found)) for found in (runs, _runs(rows, "scratch", rank))]
         lines.append([NAMES[rank], *(errors if rank else ("", "")), one_shot, *finals])
     return headings, lines
 
@@ -119,7 +106,7 @@ def _stages(rows: Rows) -> tuple[list[str], list[list[str]]]:
     for rank in PUBLISHED:
         if runs := _runs(rows, "stages", rank):
             each = ", ".join(f"{value:.2f}" for value in _finals(runs))
-            lines.append([NAMES[rank], _spread(_finals(runs)), each, _spread(_finals(_runs(rows, "scratch", rank)))])
+            lines.append([NAMES[rank], spread(_finals(runs)), each, spread(_finals(_runs(rows, "scratch", rank)))])
     return headings, lines
 
 
@@ -141,8 +128,7 @@ def _epochs(rows: Rows) -> tuple[list[str], list[list[str]]]:
 
 def write_plot(rows: Rows, path: Path) -> None:
     """Draw the loss and the accuracy of each epoch, and the accuracies at the end beside the published ones."""
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure, (loss, accuracy, final) = plt.subplots(1, 3, figsize=(10.5, 3.8), layout="constrained")
+    figure, (loss, accuracy, final) = panels(3)
     _draw_curves(loss, rows, "train_loss")
     _draw_curves(accuracy, rows, "accuracy")
     _draw_finals(final, rows)
@@ -154,9 +140,7 @@ def write_plot(rows: Rows, path: Path) -> None:
     accuracy.legend(frameon=False, loc="lower right")
     final.set_title("At the end (%)", loc="left", fontsize=10.5)
     final.legend(frameon=False, loc="lower right")
-    figure.suptitle("CP convolutions on MNIST", x=0.01, ha="left", fontweight="bold")
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
+    finish(figure, "CP convolutions on MNIST", path)
 
 
 def _draw_curves(panel: Axes, rows: Rows, name: str) -> None:
@@ -175,7 +159,6 @@ def _draw_curves(panel: Axes, rows: Rows, name: str) -> None:
             )
             panel.set_xticks(epochs)
     panel.set_xlabel("epoch")
-    panel.grid(axis="y", color="#e6e6e6", linewidth=0.8)
 
 
 def _draw_finals(panel: Axes, rows: Rows) -> None:
@@ -198,5 +181,3 @@ def _draw_finals(panel: Axes, rows: Rows) -> None:
     panel.set_xticks(list(places.values()), ["base" if rank is None else f"rank {rank}" for rank in places])
     panel.set_xlim(-0.5, len(places) - 0.5)
     panel.set_ylim(bottom=96.2)  # room for the legend
-    panel.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    panel.set_axisbelow(True)

@@ -10,41 +10,22 @@ needed again is trained again, to the same weights.
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import rankfold as rf
 from reproduce import datasets, harness
 from reproduce.cp_mnist import drawing
 from reproduce.cp_mnist.model import CONVOLUTIONS, convolution_weights, draw_stages_, network, normalised
 from reproduce.harness import Row
+from reproduce.training import Batches, fitted, params, plain, scored
 
 SEEDS = (0, 1, 2)
 RANKS = (3, 6, 9)
 STAGES_RANK = 6
 EPOCHS, TUNING, BATCH, LEARNING_RATE = 5, 1, 64, 1e-4
-
-
-class Batches:
-    """Images and labels in another order in each epoch, the same orders for the same seed."""
-
-    def __init__(self, images: Tensor, labels: Tensor, *, seed: int) -> None:
-        self.images, self.labels = images, labels
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        """Return the number of batches of an epoch; the last one may be smaller."""
-        return math.ceil(len(self.images) / BATCH)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of the next epoch."""
-        for chosen in torch.randperm(len(self.images), generator=self.generator).split(BATCH):
-            yield self.images[chosen], self.labels[chosen]
 
 
 class Experiment:
@@ -70,8 +51,7 @@ class Experiment:
             model = decomposed(dense, rank, seed)
             row |= {"errors": weight_errors(dense, model), "one_shot": self.scored(model)}
             row["epochs"] = self.fitted(model, TUNING, 1000 + seed)
-        params = sum(parameter.numel() for parameter in model.parameters())
-        return row | {"convolution_weights": convolution_weights(model), "params": params}
+        return row | {"convolution_weights": convolution_weights(model), "params": params(model)}
 
     def trained(self, rank: int | None, seed: int, *, stages: bool = False) -> tuple[nn.Sequential, list[Row]]:
         """Return a network trained from scratch, and its epochs."""
@@ -92,33 +72,13 @@ class Experiment:
 
     def fitted(self, model: nn.Module, epochs: int, seed: int) -> list[Row]:
         """Train in place at one learning rate, and return losses and test accuracy of each epoch."""
-        scores: list[Row] = []
+        batches = Batches(self.images, self.labels, seed=seed, size=BATCH)
+        recipe = plain(torch.optim.Adam, fused=True)
+        return fitted(model, batches, self.scored, epochs=epochs, lr=LEARNING_RATE, recipe=recipe)
 
-        def evaluate(model: nn.Module) -> float:
-            scores.append(self.scored(model))
-            return scores[-1]["accuracy"]
-
-        recipe = rf.train.Recipe(
-            optimizer=lambda groups, lr: torch.optim.Adam(groups, lr=lr, fused=True),
-            schedule="constant",
-            warmup=0.0,
-            decay=0.0,
-            clip=math.inf,
-            progress=False,
-        )
-        batches = Batches(self.images, self.labels, seed=seed)
-        history = rf.train.fit(model, batches, epochs=epochs, lr=LEARNING_RATE, evaluate=evaluate, recipe=recipe)
-        return [
-            {"train_loss": epoch.loss, **score, "seconds": epoch.seconds}
-            for epoch, score in zip(history.epochs, scores, strict=True)
-        ]
-
-    @torch.no_grad()
     def scored(self, model: nn.Module) -> Row:
         """Return mean cross-entropy and accuracy (per cent) on the test images."""
-        logits = torch.cat([model.eval()(batch) for batch in self.test_images.split(500)])
-        right = (logits.argmax(dim=1) == self.test_labels).double()
-        return {"test_loss": F.cross_entropy(logits, self.test_labels).item(), "accuracy": 100 * right.mean().item()}
+        return scored(model, self.test_images, self.test_labels)
 
 
 def decomposed(dense: nn.Sequential, rank: int | None, seed: int) -> nn.Sequential:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from reproduce.harness import Row, Rows
+from reproduce.tables import finish, markdown, number, panels
 
 # Novikov et al. 2015, Table 2: how many times fewer parameters.
 PUBLISHED = {"rank 1": 713_614, "rank 2": 194_622, "rank 4": 50_972}
@@ -31,20 +29,15 @@ def write_table(rows: Rows, path: Path) -> None:
     parts = [
         "Parameters, 25088 → 4096 without bias:",
         "",
-        *_markdown(*_params(rows)),
+        *markdown(*_params(rows)),
         "",
         "Milliseconds of processor time on one thread, median ± half the range between the quartiles; in brackets how",
         "many times faster than dense, the median over the rounds. Peak memory: what a call allocates, the parameters",
         "and the input left out, the gradients of both included.",
         "",
-        *_markdown(*_measured(rows)),
+        *markdown(*_measured(rows)),
     ]
     path.write_text("\n".join(parts) + "\n", encoding="utf-8")
-
-
-def _markdown(headings: Iterable[str], rows: list[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (headings, *rows)]
-    return [lines[0], "|" + "---|" * (lines[0].count(" | ") + 1), *lines[1:]]
 
 
 def _params(rows: Rows) -> tuple[list[str], list[list[str]]]:
@@ -62,11 +55,11 @@ def _measured(rows: Rows) -> tuple[list[str], list[list[str]]]:
 
 
 def _cells(row: Row) -> list[str]:
-    peaks = [_number(row[kind]["peak_bytes"] / MEBI) for kind in KINDS]
+    peaks = [number(row[kind]["peak_bytes"] / MEBI) for kind in KINDS]
     return [
         str(row["batch"]),
         row["layer"],
-        f"{_number(row['macs'] / 1e6)} M",
+        f"{number(row['macs'] / 1e6)} M",
         *(_time(row[kind]) for kind in KINDS),
         *peaks,
     ]
@@ -74,27 +67,19 @@ def _cells(row: Row) -> list[str]:
 
 def _time(found: Row) -> str:
     lower, median, upper = statistics.quantiles(found["seconds"], n=4)
-    return f"{_number(1e3 * median)} ± {_number(1e3 * (upper - lower) / 2, 1)} ({_number(found['faster'])})"
-
-
-def _number(value: float, digits: int = 3) -> str:
-    """Return a positive number to this many significant digits at least, without an exponent."""
-    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(value)))}f}"
+    return f"{number(1e3 * median)} ± {number(1e3 * (upper - lower) / 2, 1)} ({number(found['faster'])})"
 
 
 def write_plot(rows: Rows, path: Path) -> None:
     """Draw the times of both kinds and the memory of training against the batch."""
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.8), layout="constrained")
-    for panel, (kind, name) in zip(panels, KINDS.items(), strict=False):
+    figure, axes = panels(3)
+    for panel, (kind, name) in zip(axes, KINDS.items(), strict=False):
         _draw(panel, rows, lambda row, kind=kind: 1e3 * statistics.median(row[kind]["seconds"]))
         panel.set_title(f"{name[0].upper()}{name[1:]} (ms, one thread)", loc="left", fontsize=10.5)
-    _draw(panels[2], rows, lambda row: row["training"]["peak_bytes"] / MEBI)
-    panels[2].set_title("Peak memory of forward + backward (MiB)", loc="left", fontsize=10.5)
-    panels[0].legend(frameon=False)
-    figure.suptitle("fc6 of VGG-16, 25088 → 4096, as a tensor train", x=0.01, ha="left", fontweight="bold")
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
+    _draw(axes[2], rows, lambda row: row["training"]["peak_bytes"] / MEBI)
+    axes[2].set_title("Peak memory of forward + backward (MiB)", loc="left", fontsize=10.5)
+    axes[0].legend(frameon=False)
+    finish(figure, "fc6 of VGG-16, 25088 → 4096, as a tensor train", path)
 
 
 def _draw(panel: Axes, rows: Rows, value: Any) -> None:
@@ -109,4 +94,3 @@ def _draw(panel: Axes, rows: Rows, value: Any) -> None:
     panel.set_xticks(batches, [str(batch) for batch in batches])
     panel.minorticks_off()
     panel.set_xlabel("batch")
-    panel.grid(axis="y", color="#e6e6e6", linewidth=0.8)
