@@ -99,7 +99,7 @@ class SVDForm(TwinLayer):
 
     @torch.no_grad()
     def truncated(self, rank: int) -> nn.Module:
-        """Return the plain low-rank layer of the `rank` largest |s|, with sqrt|s| in each factor.
+        """Return the plain low-rank layer of the `rank` largest `abs(s)`, with its root in each factor.
 
         It is the best of its rank where U and V are orthonormal; `plain.from_dense(self.to_dense(), rank=rank)` always.
         """

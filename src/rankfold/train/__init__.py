@@ -1,4 +1,4 @@
-"""Training: recover what compression lost, with the dense model as the teacher."""
+"""Training: recover what compression lost, train towards low rank, learn the activations of a block."""
 
 from rankfold.train._adapters import lightning_callback, trainer_callback
 from rankfold.train._batchnorm import reestimate_batchnorm

@@ -17,11 +17,11 @@ from rankfold.train._targets import Patterns, checked_amount, checked_count
 class Cuttlefish(DenseMethod):
     """Train a dense model until its stable ranks stop changing, then factorise it at ranks that follow from them.
 
-    The stable rank ||W||_F² / ||W||_2² of every layer is taken after each epoch. `finished` is true from epoch
-    `earliest` on once, for every layer, the mean |change| of the smoothed curve over the last `window` epochs is at
-    most `tolerance`. The rank of a layer is ceil(c * stable rank), c = full rank / stable rank before training: a
-    layer whose spectrum decays as it did at the start keeps its full rank, and then stays dense. Which layers are
-    worth factorising by measured time, as the paper has it, is left to `exclude`.
+    The stable rank `||W||_F² / ||W||_2²` of every layer is taken after each epoch. `finished` is true from epoch
+    `earliest` on once, for every layer, the mean size of the changes of the smoothed curve over the last `window`
+    epochs is at most `tolerance`. The rank of a layer is ceil(c * stable rank), c = full rank / stable rank before
+    training: a layer whose spectrum decays as it did at the start keeps its full rank, and then stays dense. Which
+    layers are worth factorising by measured time, as the paper has it, is left to `exclude`.
 
     Args:
         model: a dense model; it is trained in place.

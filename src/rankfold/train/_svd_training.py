@@ -31,15 +31,15 @@ class SVDTraining(TrainingMethod):
     """Train a model in SVD form: `loss + penalty()`, with singular values that die out one after the other.
 
     The penalty is λo sum_l [D(U_l) + D(V_l)] + λs f(step) sum_l S(s_l) over the layers l in SVD form, with
-    D(U) = ||UᵀU - I||² / r² and S one of
+    `D(U) = ||UᵀU - I||² / r²` and S one of::
 
         hoyer         |s|_1 / |s|_2 - 1,         the same at every scale of s
         l1            |s|_1,                     shrinks the values that stay, too
         hoyer_square  |s|_1² / |s|_2² - 1,       the same at every scale of s
 
-    Orthonormal factors make |s| the singular values of the weight; without them a penalty on s is escaped by larger U
-    and V. A BatchNorm behind a layer undoes its scale: there L1 can be had for nothing by shrinking all of s, and the
-    Hoyer measures can not.
+    Orthonormal factors make `abs(s)` the singular values of the weight; without them a penalty on s is escaped by
+    larger U and V. A BatchNorm behind a layer undoes its scale: there L1 can be had for nothing by shrinking all of s,
+    and the Hoyer measures can not.
 
     Args:
         model: a model with layers in SVD form: see `svd_form`. May be wrapped by DistributedDataParallel.
@@ -112,7 +112,7 @@ class SVDTraining(TrainingMethod):
         return densify(unwrapped(self.model), methods=FORM)
 
     def prune_by_values(self, plan: Plan) -> nn.Module:
-        """Return the model of a plan with each layer cut to its largest |s| instead of by an SVD of its weight.
+        """Return the model of a plan with each layer cut to its largest `abs(s)` instead of by an SVD of its weight.
 
         This is the paper's own way. It is as good as `prune` where U and V are orthonormal, and shows what is lost
         where they are not.

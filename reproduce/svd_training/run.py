@@ -1,0 +1,201 @@
+"""Accuracy against MACs: SVD training beside truncation, TRP, Pufferfish, Cuttlefish, DLRT and LC, for equal epochs.
+
+    python -m reproduce.svd_training.run                     # what results.json lacks, then tables and pictures
+    python -m reproduce.svd_training.run --only pretrained   # one network: pretrained, scratch, mnist or fashion
+    python -m reproduce.svd_training.run --quick             # two batches of everything, nothing is written
+    python -m reproduce.svd_training.run --redraw            # tables and pictures from results.json
+
+Rows are written as they are done, and the training before the cut is kept in the cache folder after each epoch: what
+was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import rankfold as rf
+from reproduce import datasets, harness
+from reproduce.harness import Row
+from reproduce.svd_training import drawing, experiment
+from reproduce.svd_training.experiment import Task
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
+BUDGETS = (0.8, 0.6, 0.5, 0.35, 0.25)  # shares of the dense MACs
+BEFORE, AFTER = 10, 5  # epochs of training before the cut and after it; the same sum for every row
+OWN = "own"  # the ranks that a method has found itself
+
+TASKS: Mapping[str, Callable[[], Task]] = {
+    "pretrained": lambda: experiment.resnet20(pretrained=True),
+    "scratch": lambda: experiment.resnet20(pretrained=False),
+    "mnist": experiment.mnist_network,
+    "fashion": experiment.fashion_mlp,
+}
+SEEDS = {"pretrained": (0,), "scratch": (0,), "mnist": (0, 1, 2), "fashion": (0, 1, 2)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One training before the cut: a method with its options, or "one shot" for none at all."""
+
+    method: str
+    split: str = "spatial"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The setting in words: the key of its rows."""
+        return " ".join([self.method, self.split, *(f"{key}={value}" for key, value in self.options.items())])
+
+
+def _svd(kind: str, sparsity: float, split: str = "spatial", **options: Any) -> Setting:
+    return Setting("svd", split, {"kind": kind, "sparsity": sparsity, **options})
+
+
+# The weights of the penalties are the paper's for ResNet-20; of Hoyer three times as much as well, since 15 epochs are
+# a tenth of the paper's.
+SETTINGS = (
+    Setting("one shot"),
+    _svd("hoyer", 0.1),
+    Setting("one shot", "channel"),
+    _svd("hoyer", 0.07, "channel"),
+    _svd("l1", 0.3),
+    _svd("hoyer_square", 0.01),
+    Setting("trp", options={"energy": 0.98}),
+    Setting("pufferfish", options={"warmup": BEFORE, "first": 0, "last": 0}),
+    Setting("cuttlefish", options={"earliest": BEFORE // 2, "window": 3, "smoothing": 3}),
+    Setting("dlrt", options={"tolerance": 0.2}),
+    Setting("lc", options={"strength": 1.0}),
+    _svd("hoyer", 0.1, orthogonality=0.0),
+    _svd("hoyer", 0.1, orthogonality="retraction"),
+    _svd("hoyer", 0.3),
+    _svd("l1", 0.3, "channel"),
+    _svd("hoyer_square", 0.01, "channel"),
+    Setting("nuclear", options={"strength": 0.1}),
+    Setting("trp", "channel", {"energy": 0.98}),
+    Setting("dlrt", "channel", {"tolerance": 0.2}),
+)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to train: all of it, or just enough to see that it runs."""
+
+    before: int = BEFORE
+    after: int = AFTER
+    budgets: tuple[float | str, ...] = BUDGETS
+    checkpoints: bool = True
+
+
+def rows_of(task: Task, name: str, setting: Setting, seed: int, effort: Effort) -> Iterator[tuple[str, Row]]:
+    """Yield the key and the row of every budget of a setting; the training before the cut is done once."""
+    key = f"{name} {setting.name} seed {seed}"
+    start = task.start(seed)
+    stats = rf.measure(start, example=task.example)
+    folder = datasets.folders()[-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / f"svd_training {key}.checkpoint" if effort.checkpoints else None
+    if setting.method == "one shot":
+        # from scratch there is nothing to cut before the network is trained
+        before = 0 if name == "pretrained" else effort.before
+        log = experiment.train(task, start, None, epochs=before, seed=seed, checkpoint=checkpoint)
+        run = rf.train.Pufferfish(start, first=0, last=0, split=setting.split)  # for its cut alone
+    else:
+        run = rf.train.training_method(setting.method, start, split=setting.split, **setting.options)
+        log = experiment.train(task, run.model, run, epochs=effort.before, seed=seed, checkpoint=checkpoint)
+    common = {
+        **{"task": name, "method": setting.method, "split": setting.split, "options": dict(setting.options)},
+        **{"seed": seed, "dense_macs": stats.macs, "dense_params": stats.params, "before": task.score(run.model)},
+    }
+    spectrum = {layer: [round(v, 5) for v in values.tolist()] for layer, values in run.spectrum().items()}
+    yield f"{key} trained", {**common, "budget": None, "log": log, "spectrum": spectrum}
+    after = effort.before + effort.after - len(log)
+    for budget in effort.budgets:
+        yield f"{key} {budget}", {**common, **_cut(task, run, budget, epochs=after, seed=seed)}
+    if checkpoint is not None and checkpoint.exists():
+        checkpoint.unlink()
+
+
+def _cut(task: Task, run: rf.train.TrainingMethod, budget: float | str, *, epochs: int, seed: int) -> Row:
+    """Return what one cut to a budget leads to."""
+    limit = {} if budget == OWN else {"budget": rf.Budget(macs=budget)}
+    try:
+        small, plan = run.prune(**limit, example=task.example)
+    except rf.RankfoldError as problem:
+        return {"budget": budget, "refused": str(problem)}
+    row: Row = {"budget": budget, "macs": plan.macs, "params": plan.params}
+    row["ranks"] = {layer: choice.rank for layer, choice in plan.layers.items()}
+    if isinstance(run, rf.train.SVDTraining):
+        row["cut by values"] = task.score(run.prune_by_values(plan))
+    return {**row, **experiment.tuned(task, small, epochs=epochs, seed=seed)}
+
+
+def dense_row(task: Task, name: str, seed: int, effort: Effort) -> Row:
+    """Return the dense network trained for the same number of epochs."""
+    model: nn.Module = task.start(seed)
+    stats = rf.measure(model, example=task.example)
+    row = {"task": name, "method": "dense", "split": "", "options": {}, "seed": seed, "budget": 1.0}
+    row |= {"macs": stats.macs, "params": stats.params, "dense_macs": stats.macs, "dense_params": stats.params}
+    row["cut"] = task.score(model)
+    row["log"] = experiment.train(task, model, None, epochs=effort.before + effort.after, seed=seed)
+    return {**row, "tuned": task.score(model)}
+
+
+def missing(rows: harness.Rows, key: str, setting: Setting, effort: Effort) -> Effort:
+    """Return the effort for the budgets of a setting that have no row yet."""
+    wanted = [*effort.budgets, *([] if setting.method in ("svd", "one shot") else [OWN])]
+    return replace(effort, budgets=tuple(budget for budget in wanted if f"{key} {budget}" not in rows))
+
+
+def measure(rows: harness.Rows, keep: harness.Keep, names: list[str], effort: Effort, quick: bool) -> None:
+    """Measure what is missing, the settings of each network in the order of their table."""
+    for name in names:
+        task = TASKS[name]()
+        task = task.quick() if quick else task
+        for seed in SEEDS[name][: 1 if quick else None]:
+            if f"{name} dense seed {seed}" not in rows:
+                keep(f"{name} dense seed {seed}", dense_row(task, name, seed, effort))
+            for setting in SETTINGS:
+                left = missing(rows, f"{name} {setting.name} seed {seed}", setting, effort)
+                if left.budgets and (name, setting.split) != ("fashion", "channel"):  # Linear layers have one form
+                    for key, row in rows_of(task, name, setting, seed, left):
+                        keep(key, row)
+
+
+def main() -> None:
+    """Measure, then draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--redraw", action="store_true", help="only draw what results.json holds")
+    parser.add_argument("--quick", action="store_true", help="two batches of everything; nothing is written")
+    parser.add_argument("--only", choices=TASKS, help="the rows of one network")
+    parser.add_argument("--threads", type=int, default=2)
+    words = parser.parse_args()
+    torch.set_num_threads(words.threads)
+    rows: harness.Rows = {}
+    if not words.quick and RESULTS.exists():
+        rows = json.loads(RESULTS.read_text(encoding="utf-8"))
+
+    def keep(key: str, row: Row) -> None:
+        rows[key] = row
+        if not words.quick:
+            harness.store(rows, RESULTS)
+        print(drawing.line(row), flush=True)
+
+    if not words.redraw:
+        effort = Effort(1, 1, (0.5,), checkpoints=False) if words.quick else Effort()
+        measure(rows, keep, [words.only] if words.only else list(TASKS), effort, words.quick)
+    if not words.quick:
+        drawing.write_table(rows, HERE / "table.md")
+        drawing.write_plot(rows, HERE / "plot.png")
+
+
+if __name__ == "__main__":
+    main()
