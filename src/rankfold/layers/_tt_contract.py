@@ -64,7 +64,7 @@ def _join(left: Tensor, right: Tensor) -> Tensor:
 
 def merge_groups(cores: Sequence[Tensor], sweep: Sweep) -> list[Tensor]:
     """Return the merged core of each group of a sweep, in the dtype of autocast where it is on."""
-    groups = [merge(cores[start:stop]) for start, stop in sweep.groups]
+    groups = [cores[start] if stop - start == 1 else merge(cores[start:stop]) for start, stop in sweep.groups]
     kind = groups[0].device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):  # before the matrices are spread over a batch
         return [group.to(torch.get_autocast_dtype(kind)) for group in groups]

@@ -187,7 +187,10 @@ def bucket(rows: int | torch.SymInt) -> int:
     last = len(BATCHES) - 1
     if not isinstance(rows, int):  # a symbol of an exported program: comparing it would fix its range
         return last
-    return next((k for k, limit in enumerate(BATCHES) if rows <= limit), last)
+    for k, limit in enumerate(BATCHES):
+        if rows <= limit:
+            return k
+    return last
 
 
 @lru_cache(maxsize=4096)
