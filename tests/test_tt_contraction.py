@@ -194,7 +194,7 @@ def test_the_mode_of_a_plan_is_that_of_a_call():
 def test_a_plan_prints_its_order():
     plan = TTLinear(4096, 4096, rank=8, **SQUARE).plan(1024, training=True)
     assert plan.order == "cores (1 2)(3 4) from the left"
-    assert str(plan).splitlines()[0] == "cores (1 2)(3 4) from the left: 1024 rows 32 at a time, training"
+    assert str(plan).splitlines()[0] == "cores (1 2)(3 4) from the left: 1024 rows 16 at a time, training"
     assert "kept for backward" in str(plan)
     small = TTLinear(6, 6, rank=4).plan(4000, training=False)
     assert small.rebuilt

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +40,11 @@ __all__ = [
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
-def core_list(cores: nn.ParameterList) -> list[Tensor]:
-    """Return the cores; indexing a `ParameterList` one by one takes as long as a small product."""
-    held = cores._parameters
-    return list(held.values()) if len(held) == len(cores) else list(cores)  # type: ignore[arg-type]
+def core_list(layer: nn.Module, count: int) -> list[Tensor]:
+    """Return the `count` cores of a layer; going through `nn.Module` for each takes as long as a small product."""
+    held: Any = layer._modules["cores"]
+    plain = held._parameters
+    return list(plain.values()) if len(plain) == count else list(held)  # a parametrised core is no parameter
 
 
 def merge(cores: Sequence[Tensor]) -> Tensor:

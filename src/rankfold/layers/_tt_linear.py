@@ -92,7 +92,7 @@ class TTLinear(TTLayer):
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
         """Multiply the train with the last axis of the input."""
         rows = input if input.dim() == 2 else input.reshape(-1, self.in_features)
-        cores = core_list(self.cores)
+        cores = core_list(self, len(self._chain.out_shape))
         sweep = pick(self._plans, rows.shape[0], wants_gradients(cores))
 
         def run(part: Tensor, *groups: Tensor) -> Tensor:
@@ -118,9 +118,9 @@ class TTLinear(TTLayer):
             >>> import torch
             >>> layer = TTLinear(4096, 4096, rank=8, in_shape=(8, 8, 8, 8), out_shape=(8, 8, 8, 8))
             >>> layer.plan(1024, training=True).groups, layer.plan(1024, training=True).chunk
-            (((0, 2), (2, 4)), 32)
+            (((0, 2), (2, 4)), 16)
         """
-        cores = core_list(self.cores)
+        cores = core_list(self, len(self._chain.out_shape))
         mode = wants_gradients(cores) if training is None else training
         return describe(self._chain, pick(self._plans, batch, mode), batch, mode, cores[0].element_size())
 

@@ -22,7 +22,7 @@ BATCHES = (1, 4, 32, 256, 2048, 16384)
 LARGEST_MERGE = 2**24
 """Entries that merged cores may have: a dense weight beyond this is never rebuilt in a forward pass."""
 
-CHUNK = 2**20
+CHUNK = 2**19
 """Entries that an intermediate may have: rows are taken in chunks below it. A single row is never split."""
 
 # The cost model: multiply-adds in a second, and the seconds of a call, a small product of a batch, an entry moved
@@ -30,7 +30,7 @@ CHUNK = 2**20
 RATE, LAUNCH, PRODUCT, MOVE, FETCH = 48e9, 5e-6, 6e-8, 1e-10, 1e-9
 
 TIE = 0.97
-"""From the right only where the model finds it faster than this share: measured, the left wins where they are equal."""
+"""In training from the right only where that takes less than this share of the time: measured, the left wins ties."""
 
 TINY = 400
 """Multiply-adds below which the products of a batch are plain loops."""
@@ -200,7 +200,7 @@ def plan_sweep(chain: Chain, rows: int, *, both_ends: bool = True, training: boo
     if not both_ends:
         return left
     right = _shortest(chain, rows, False, training, columns)
-    return right if right.score < TIE * left.score else left
+    return right if right.score < (TIE if training else 1) * left.score else left
 
 
 def order_of(chain: Chain, groups: tuple[Pair, ...], from_left: bool, *, training: bool, columns: int = 1) -> Sweep:
