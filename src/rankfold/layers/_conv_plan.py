@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rankfold.layers._conv import ConvShape, grouped
-from rankfold.layers._tt_contract import LARGEST_MERGE
+from rankfold.layers._tt_order import LARGEST_MERGE
 
 Pair = tuple[int, int]
 Groups = tuple[Pair, ...]

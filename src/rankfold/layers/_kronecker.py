@@ -15,8 +15,8 @@ from rankfold.layers._contract import Rank, Spectrum
 from rankfold.layers._ranks import CANDIDATES, break_even, check_rank, spread, tail_errors
 from rankfold.layers._structured import Box, StructuredLinear, finite_weight_of, sum_boxes, widened
 from rankfold.layers._tt_chain import RESOLVED, Train
-from rankfold.layers._tt_contract import Chain, Sweep, contract, plan_sweep
-from rankfold.layers._tt_order import BATCHES, bucket
+from rankfold.layers._tt_contract import contract
+from rankfold.layers._tt_order import BATCHES, Chain, Sweep, bucket, plan_sweep
 from rankfold.layers._tt_plan import wants_gradients
 
 

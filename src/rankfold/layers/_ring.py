@@ -19,8 +19,8 @@ from rankfold.layers._contract import Rank, Spectrum
 from rankfold.layers._ranks import check_rank, spread
 from rankfold.layers._structured import Box, StructuredLinear, finite_weight_of, sum_boxes, widened
 from rankfold.layers._tt_chain import RESOLVED, Train
-from rankfold.layers._tt_contract import Chain, Sweep, merge, merge_groups, plan_sweep, sweep_state
-from rankfold.layers._tt_order import BATCHES, CHUNK, LARGEST_MERGE, bucket
+from rankfold.layers._tt_contract import merge, merge_groups, sweep_state
+from rankfold.layers._tt_order import BATCHES, CHUNK, LARGEST_MERGE, Chain, Sweep, bucket, plan_sweep
 from rankfold.layers._tt_plan import wants_gradients
 
 Shape: TypeAlias = tuple[int, int, int, int]

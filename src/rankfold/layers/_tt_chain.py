@@ -16,7 +16,8 @@ from rankfold.errors import DecompositionError, LayerError
 from rankfold.layers._build import copy_
 from rankfold.layers._contract import Options, Rank
 from rankfold.layers._ranks import below, check_rank
-from rankfold.layers._tt_contract import Chain, merge
+from rankfold.layers._tt_contract import merge
+from rankfold.layers._tt_order import Chain
 
 ORDERS = (2, 3, 4)
 """Numbers of cores worth planning."""

@@ -20,22 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from rankfold.layers._tt_order import BATCHES, LARGEST_MERGE, Chain, Sweep, bucket, plan_sweep
-
-__all__ = [
-    "BATCHES",
-    "LARGEST_MERGE",
-    "Chain",
-    "Sweep",
-    "bucket",
-    "contract",
-    "core_list",
-    "in_chunks",
-    "merge",
-    "merge_groups",
-    "plan_sweep",
-    "sweep_state",
-]
+from rankfold.layers._tt_order import Sweep
 
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, final
 
 import torch
@@ -12,15 +12,13 @@ from torch.nn import functional
 
 from rankfold.layers._build import Device, check_type, finite_weight, fresh_bias_
 from rankfold.layers._contract import Call, Cost, Rank
-from rankfold.layers._conv import ConvShape, Size, dense_twin
+from rankfold.layers._conv import ConvShape, Size, convolve, dense_twin
 from rankfold.layers._tt_chain import Train, make_train
 from rankfold.layers._tt_contract import in_chunks, merge_groups, sweep_state
 from rankfold.layers._tt_conv_plan import ConvPlan, conv_plans, describe_conv, plan_conv
 from rankfold.layers._tt_layer import TTLayer
 from rankfold.layers._tt_order import BATCHES, Sweep, bucket
 from rankfold.layers._tt_plan import TTPlan, checked_recompute, wants_gradients
-
-CONVOLVE: Mapping[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
 class TTConv(TTLayer):
@@ -65,7 +63,6 @@ class TTConv(TTLayer):
         super().__init__()
         values = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         twin = dense_twin(self, values, dtype)
-        self._reversed_padding = tuple(twin._reversed_padding_repeated_twice)
         train = _conv_train(type(self).__name__, ConvShape.of(twin), in_shape, out_shape, redundant)
         self._assemble(train, rank, device, dtype)
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
@@ -87,7 +84,7 @@ class TTConv(TTLayer):
         cores = list(self.cores)
         plan = self._plans[wants_gradients(cores)][bucket(maps.shape[0] * positions)]
         if plan.sweep is None:
-            output = self._convolve(maps, self.weight, self.bias, self.groups)
+            output = convolve(maps, self.weight, self.bias, ConvShape.of(self))
         else:
             output = self._chained(maps, cores, plan, plan.sweep, positions)
         return output if input.dim() == axes + 2 else output.squeeze(0)
@@ -98,9 +95,10 @@ class TTConv(TTLayer):
         filters = first.shape[3]
         kernel = first.permute(3, 0, 1, 2).reshape(filters, 1, *self.kernel_size)
         kernel = kernel.repeat(self.in_channels, *(1,) * (kernel.dim() - 1))  # in r, 1, kernel
+        filtering = ConvShape.of(self)._replace(groups=self.in_channels)
 
         def run(part: Tensor, kernel: Tensor, *groups: Tensor) -> Tensor:
-            part = self._convolve(part, kernel, None, self.in_channels)  # batch, in r, space
+            part = convolve(part, kernel, None, filtering)  # batch, in r, space
             space = part.shape[2:]
             state = part.reshape(part.shape[0], self.in_channels, filters, -1)
             state = state.transpose(1, 2)  # batch, r, in, positions
@@ -115,15 +113,6 @@ class TTConv(TTLayer):
         groups = merge_groups(channels, sweep)
         chunk = 0 if torch.compiler.is_compiling() else plan.images(positions)
         return in_chunks(run, maps, [kernel, *groups], chunk=chunk, recompute=plan.recompute)
-
-    def _convolve(self, maps: Tensor, kernel: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-        """Convolve with this layer's stride, padding and dilation."""
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            maps = functional.pad(maps, self._reversed_padding, mode=self.padding_mode)
-            padding = (0,) * len(self.kernel_size)
-        convolve = CONVOLVE[len(self.kernel_size)]
-        return convolve(maps, kernel, bias, self.stride, padding, self.dilation, groups)
 
     def plan(self, input: Sequence[int], training: bool | None = None) -> TTPlan:
         """Return how the layer is computed for the shape of an input, and what that costs.
