@@ -1,12 +1,12 @@
 """Accuracy against MACs: SVD training beside truncation, TRP, Pufferfish, Cuttlefish, DLRT and LC, for equal epochs.
 
-    python -m reproduce.svd_training.run                     # what results.json lacks, then tables and pictures
+    python -m reproduce.svd_training.run                     # what results/ lacks, then tables and pictures
     python -m reproduce.svd_training.run --only pretrained   # one network: pretrained, scratch, mnist or fashion
     python -m reproduce.svd_training.run --quick             # two batches of everything, nothing is written
-    python -m reproduce.svd_training.run --redraw            # tables and pictures from results.json
+    python -m reproduce.svd_training.run --redraw            # tables and pictures from results/
 
-Rows are written as they are done, and the training before the cut is kept in the cache folder after each epoch: what
-was stopped goes on where it was.
+Rows are written as they are done, a file for each network, and the training before the cut is kept in the cache folder
+after each epoch: what was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from reproduce.svd_training import drawing, experiment
 from reproduce.svd_training.experiment import Task
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results.json"
-BUDGETS = (0.8, 0.6, 0.5, 0.35, 0.25)  # shares of the dense MACs
+RESULTS = HERE / "results"
+BUDGETS = (0.8, 0.5, 0.35, 0.25)  # shares of the dense MACs
 BEFORE, AFTER = 10, 5  # epochs of training before the cut and after it; the same sum for every row
 OWN = "own"  # the ranks that a method has found itself
 
@@ -65,20 +65,20 @@ def _svd(kind: str, sparsity: float, split: str = "spatial", **options: Any) -> 
 SETTINGS = (
     Setting("one shot"),
     _svd("hoyer", 0.1),
+    _svd("l1", 0.3),
+    Setting("trp", options={"energy": 0.98}),
+    Setting("cuttlefish", options={"earliest": BEFORE // 2, "window": 3, "smoothing": 3}),
+    _svd("hoyer", 0.1, orthogonality=0.0),
     Setting("one shot", "channel"),
     _svd("hoyer", 0.07, "channel"),
-    _svd("l1", 0.3),
-    _svd("hoyer_square", 0.01),
-    Setting("trp", options={"energy": 0.98}),
-    Setting("pufferfish", options={"warmup": BEFORE, "first": 0, "last": 0}),
-    Setting("cuttlefish", options={"earliest": BEFORE // 2, "window": 3, "smoothing": 3}),
-    Setting("dlrt", options={"tolerance": 0.2}),
     Setting("lc", options={"strength": 1.0}),
-    _svd("hoyer", 0.1, orthogonality=0.0),
-    _svd("hoyer", 0.1, orthogonality="retraction"),
+    Setting("dlrt", options={"tolerance": 0.2}),
+    _svd("hoyer_square", 0.01),
     _svd("hoyer", 0.3),
     _svd("l1", 0.3, "channel"),
     _svd("hoyer_square", 0.01, "channel"),
+    _svd("hoyer", 0.1, orthogonality="retraction"),
+    Setting("pufferfish", options={"warmup": BEFORE, "first": 0, "last": 0}),
     Setting("nuclear", options={"strength": 0.1}),
     Setting("trp", "channel", {"energy": 0.98}),
     Setting("dlrt", "channel", {"tolerance": 0.2}),
@@ -155,44 +155,51 @@ def missing(rows: harness.Rows, key: str, setting: Setting, effort: Effort) -> E
     return replace(effort, budgets=tuple(budget for budget in wanted if f"{key} {budget}" not in rows))
 
 
-def measure(rows: harness.Rows, keep: harness.Keep, names: list[str], effort: Effort, quick: bool) -> None:
-    """Measure what is missing, the settings of each network in the order of their table."""
-    for name in names:
-        task = TASKS[name]()
-        task = task.quick() if quick else task
-        for seed in SEEDS[name][: 1 if quick else None]:
-            if f"{name} dense seed {seed}" not in rows:
-                keep(f"{name} dense seed {seed}", dense_row(task, name, seed, effort))
-            for setting in SETTINGS:
-                left = missing(rows, f"{name} {setting.name} seed {seed}", setting, effort)
-                if left.budgets and (name, setting.split) != ("fashion", "channel"):  # Linear layers have one form
-                    for key, row in rows_of(task, name, setting, seed, left):
-                        keep(key, row)
+def kept_rows(name: str) -> harness.Rows:
+    """Return the rows of a network that are on disk."""
+    path = RESULTS / f"{name}.json"
+    rows: harness.Rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return rows
+
+
+def measure_network(name: str, effort: Effort, quick: bool) -> None:
+    """Measure what the rows of a network lack, the settings in the order of their table; a quick run keeps nothing."""
+    rows = {} if quick else kept_rows(name)
+
+    def keep(key: str, row: Row) -> None:
+        rows[key] = row
+        if not quick:
+            RESULTS.mkdir(exist_ok=True)
+            harness.store(rows, RESULTS / f"{name}.json")
+        print(drawing.line(row), flush=True)
+
+    task = TASKS[name]()
+    task = task.quick() if quick else task
+    for seed in SEEDS[name][: 1 if quick else None]:
+        if f"{name} dense seed {seed}" not in rows:
+            keep(f"{name} dense seed {seed}", dense_row(task, name, seed, effort))
+        for setting in SETTINGS:
+            left = missing(rows, f"{name} {setting.name} seed {seed}", setting, effort)
+            if left.budgets and (name, setting.split) != ("fashion", "channel"):  # Linear layers have one form
+                for key, row in rows_of(task, name, setting, seed, left):
+                    keep(key, row)
 
 
 def main() -> None:
     """Measure, then draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--redraw", action="store_true", help="only draw what results.json holds")
+    parser.add_argument("--redraw", action="store_true", help="only draw what results/ holds")
     parser.add_argument("--quick", action="store_true", help="two batches of everything; nothing is written")
     parser.add_argument("--only", choices=TASKS, help="the rows of one network")
     parser.add_argument("--threads", type=int, default=2)
     words = parser.parse_args()
     torch.set_num_threads(words.threads)
-    rows: harness.Rows = {}
-    if not words.quick and RESULTS.exists():
-        rows = json.loads(RESULTS.read_text(encoding="utf-8"))
-
-    def keep(key: str, row: Row) -> None:
-        rows[key] = row
-        if not words.quick:
-            harness.store(rows, RESULTS)
-        print(drawing.line(row), flush=True)
-
     if not words.redraw:
         effort = Effort(1, 1, (0.5,), checkpoints=False) if words.quick else Effort()
-        measure(rows, keep, [words.only] if words.only else list(TASKS), effort, words.quick)
+        for name in [words.only] if words.only else TASKS:
+            measure_network(name, effort, words.quick)
     if not words.quick:
+        rows = {key: row for name in TASKS for key, row in kept_rows(name).items()}
         drawing.write_table(rows, HERE / "table.md")
         drawing.write_plot(rows, HERE / "plot.png")
 
