@@ -2,13 +2,16 @@
 
 A contestant is a forward pass and the tensors that it trains. In training a step is the forward pass and the backward
 pass down to the input, gradients freshly allocated each time as after `zero_grad`. All contestants of a race are timed
-in turn in every round; those that the first call shows to be far behind the leader run in the first rounds only.
+in every round, in an order drawn anew so that none always follows one that has emptied the caches; those that are near
+the leader with as many calls each, so that the first, cold one weighs the same; those that the first call shows to be
+far behind it in the first rounds only.
 """
 
 from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -124,6 +127,11 @@ def first_call(contestant: Contestant, x: Tensor, upstream: Tensor | None) -> tu
     return taken[0], peak
 
 
+def _repeats(seconds: float) -> int:
+    """Return how many calls of about these seconds make a measurement."""
+    return max(1, min(200, math.ceil(SHORTEST / seconds)))
+
+
 def race(
     contestants: Sequence[Contestant],
     x: Tensor,
@@ -153,15 +161,16 @@ def race(
             slow = known.get(name, 0.0) > LONG
             crude[name] = known[name] if slow else _clock(run, 1)
         best = min(crude.values())
-        repeats = {name: max(1, min(200, math.ceil(SHORTEST / crude[name]))) for name in runs}
         near = {name for name in runs if crude[name] < hopeless * best}
+        repeats = {name: _repeats(best if name in near else crude[name]) for name in runs}
         one = sum(repeats[name] * crude[name] for name in near)
         count = max(rounds[0], min(rounds[1], int(seconds / one)))
         wanted = {name: count if name in near else 2 if crude[name] < LONG else 0 for name in runs}
         measured: dict[str, list[float]] = {name: [] for name in runs}
         gc.disable()
+        orders = random.Random(0)
         for number in range(count):
-            for name in runs:
+            for name in orders.sample(list(runs), len(runs)):
                 if number < wanted[name]:
                     measured[name].append(_clock(runs[name], repeats[name]))
         gc.enable()

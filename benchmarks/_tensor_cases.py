@@ -26,6 +26,17 @@ class Entry:
     parent: str = ""
 
 
+class ByHand(nn.Module):
+    """A contraction written by hand, called as a module like every other contestant."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+
 @dataclass(frozen=True)
 class Case:
     """A row of the table: how to make its contestants.
@@ -112,7 +123,7 @@ def linear_case(name: str, cores: tuple[Tensor, ...], batch: int, rank: int) -> 
 
     def entry(order: hand.Order, parent: str = "") -> Entry:
         run = functools.partial(hand.tt_linear, cores=weights, order=order)
-        return Entry(Contestant(str(order), run, weights), hand.tt_macs(order, cores, batch), parent)
+        return Entry(Contestant(str(order), ByHand(run), weights), hand.tt_macs(order, cores, batch), parent)
 
     def orders(training: bool) -> Iterator[Entry]:
         for order in hand.tt_orders(cores, batch):
@@ -191,7 +202,7 @@ def conv_case(name: str, form: str, f: dict[str, Tensor], ours: nn.Module, memor
     def orders(training: bool) -> Iterator[Entry]:
         del training
         for title, run in hand.conv_orders(form, weights, BATCH):
-            yield Entry(Contestant(title, run, tuple(weights.values())))
+            yield Entry(Contestant(title, ByHand(run), tuple(weights.values())))
 
     x = randn(BATCH, channels, side, side).to(memory_format=memory)
     rivals = {
@@ -218,7 +229,7 @@ def table_cases() -> Iterator[Case]:
     def orders(training: bool) -> Iterator[Entry]:
         del training
         for title, run in hand.tt_table_orders(weights):
-            yield Entry(Contestant(title, run, weights))
+            yield Entry(Contestant(title, ByHand(run), weights))
 
     fill(ours, scaled)
     rivals = peers.tt_embedding(scaled)

@@ -8,10 +8,11 @@
 For each layer, in inference (the forward pass) and in training (forward and backward, to the input and all weights;
 of a table to the weights): the dense layer, Rankfold, whatever other libraries are installed (`_peers.py`), and the
 best contraction written by hand (`_handwritten.py`). `--search` times all of its orders and keeps the fastest of each
-row in `results/are_tensor_layers_fast_orders.json`; every run races those anew. All hold the same factors and are
-checked against the dense layer. One thread; processor time; rounds interleaved; medians. Memory is the peak of torch's
-allocator above what is held before the call. Everything runs twice, in processes of their own: with glibc's allocator
-as it is, and with its trimming off, because freed activations are page-faulted again otherwise.
+row in `results/are_tensor_layers_fast_orders.json`; every run races those anew. All hold the same factors, are modules
+(what is written by hand too) and are checked against the dense layer. One thread; processor time; rounds interleaved;
+medians. Memory is the peak of torch's allocator above what is held before the call. Everything runs twice, in
+processes of their own: with glibc's allocator as it is, and with its trimming off, because freed activations are
+page-faulted again otherwise.
 """
 
 from __future__ import annotations
