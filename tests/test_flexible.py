@@ -16,6 +16,7 @@ from rankfold.exporters import export
 from rankfold.layers import FlexibleActivation, FlexibleLinear
 from rankfold.train import decouple, decouple_errors
 from rankfold.train._block_data import read_block
+from rankfold.train._block_fit import fitted_to_values
 from rankfold.train._block_tensors import affordable, frame_of
 
 BASES = [
@@ -307,6 +308,27 @@ def test_same_seed_same_block():
     assert torch.equal(*runs)
 
 
+def test_fitting_the_values_at_more_rows_serves_inputs_that_it_has_not_seen():
+    chain = block(sizes=(20, 8, 4))
+    data, fresh = data_of(20, batches=30), data_of(20, batches=31)[-1]
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    options = {"size": 4, "samples": 40}
+    found = {rows: decouple(chain, "0:2", data, rank=3, rows=rows, **options) for rows in (0, 900)}
+    assert torch.equal(before, torch.get_rng_state())
+    errors = {rows: (small(fresh) - chain(fresh)).norm() for rows, (small, _) in found.items()}
+    assert errors[900] < 0.95 * errors[0]
+    (point,) = decouple_errors(chain, "0:2", data, (3,), rows=900, **options)
+    assert point.error == found[900][1].layers["0:2"].error
+
+
+def test_a_fit_of_the_values_that_is_no_better_is_dropped(monkeypatch):
+    found, layer = read_block(block(), "0:2"), FlexibleLinear(8, 8, rank=3, size=3).double()
+    assert fitted_to_values(layer, found, X[:30], X[30:], 0) is not layer
+    monkeypatch.setattr("rankfold.train._block_fit.RATE", 1e4)
+    assert fitted_to_values(layer, found, X[:30], X[30:], 0) is layer
+
+
 # --- what is refused, with the model left as it was ---
 
 NAN = [torch.full((32, 8), torch.nan, dtype=torch.float64)] * 10
@@ -339,6 +361,7 @@ REFUSED = [
     (network, "1:3", data_of(), dict(rank=0), RankfoldError, "rank"),
     (network, "1:3", data_of(), dict(), RankfoldError, "either"),
     (network, "1:3", data_of(), dict(rank=2, samples=1), RankfoldError, "samples"),
+    (network, "1:3", data_of(), dict(rank=2, rows=-1), RankfoldError, "rows"),
     (network, "1:3", data_of(), dict(rank=2, basis="cubic"), RankfoldError, "basis"),
     (network, "1:3", data_of(), dict(rank=2, memory=10), DataError, "memory"),
 ]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rankfold.errors import DataError
-from rankfold.latency import LEAST_ROUNDS, Latency, time_models
+from rankfold.latency import LEAST_ROUNDS, Latency, steady_clock, time_models
 
 X = torch.randn(4, 64)
 
@@ -82,6 +82,18 @@ def test_short_calls_are_repeated_until_a_sample_is_long():
     times = time_models({"short": nn.Identity(), "long": Recorder("a", [])}, X, rounds=1)
     assert times["short"].calls > 100
     assert times["long"].calls == 1
+
+
+def test_samples_are_read_off_the_clock_that_is_given():
+    ticks = iter(range(10_000))
+    times = time_models({"a": nn.Identity()}, X, rounds=5, clock=lambda: float(next(ticks)))
+    assert times["a"].calls == 1
+    assert times["a"].seconds == (1.0,) * 5
+
+
+@pytest.mark.parametrize(("threads", "clock"), [(1, time.process_time), (2, time.perf_counter)])
+def test_processor_time_counts_where_one_thread_works(threads, clock):
+    assert steady_clock(nn.Linear(2, 2), threads) is clock
 
 
 def test_median_and_quartiles():

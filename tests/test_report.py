@@ -99,6 +99,23 @@ def test_what_was_not_asked_for_is_left_out(pair):
     assert report(*pair, PLAN, example=X, latency=False).rows[0].latency is None
 
 
+def test_the_error_of_the_outputs_is_put_beside_the_predicted_one(pair, full):
+    model, small = (copy.deepcopy(one).eval() for one in pair)
+    with torch.no_grad():
+        wanted, found = model(X).double(), small(X).double()
+    expected = float((found - wanted).norm() / (wanted - wanted.mean(0)).norm())
+    before, after = full.rows
+    assert before.output_error is before.predicted_error is None
+    assert after.output_error == pytest.approx(expected, rel=1e-5)
+    assert after.predicted_error == PLAN.output_error == pytest.approx((1 - (1 - 0.25**2) * (1 - 0.5**2)) ** 0.5)
+    shown = full.to_markdown().split("## Layers")[0]
+    assert f"{expected:.3f}" in shown
+    assert f"{PLAN.output_error:.3f}" in shown
+    other = torch.randn(40, 3, 8, 8)
+    again = report(model, small, PLAN, example=X, loader=other.split(20), latency=False).rows[1]
+    assert again.output_error != pytest.approx(expected, rel=1e-3)
+
+
 def test_evaluation_runs_in_eval_mode_without_autograd(pair):
     seen = []
 
@@ -113,7 +130,7 @@ def test_evaluation_runs_in_eval_mode_without_autograd(pair):
 
 
 def test_conditions_name_no_machine(full):
-    assert set(full.conditions) == {"torch", "device", "dtype", "batch", "runtime", "threads", "rounds"}
+    assert set(full.conditions) == {"metric", "torch", "device", "dtype", "batch", "runtime", "threads", "rounds"}
     assert (full.conditions["device"], full.conditions["batch"], full.conditions["dtype"]) == ("cpu", 6, "float32")
 
 

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import rankfold as rf
 from rankfold.errors import LayerError, PlanError
 from rankfold.layers import TTConv1d, TTConv2d, TTLinear, _tt_conv_plan, _tt_order
-from rankfold.layers._tt_contract import contract
-from rankfold.layers._tt_order import BATCHES, CHUNK, Chain, Step, Sweep, bucket, order_of, plan_sweep
+from rankfold.layers._tt_contract import contract, merge
+from rankfold.layers._tt_order import BATCHES, CHUNK, Chain, Step, bucket, order_of, plan_sweep
 from rankfold.layers._tt_plan import sweeps
 
 few = settings(max_examples=15, deadline=None, derandomize=True)
@@ -65,6 +65,11 @@ def same(actual, expected, **tolerance):
         torch.testing.assert_close(got, wanted, **tolerance)
 
 
+def order_taken(chain, groups, from_left, chunk=0, recompute=False):
+    """The sweep of given groups, its chunks and what it keeps chosen freely."""
+    return dataclasses.replace(order_of(chain, groups, from_left, training=True), chunk=chunk, recompute=recompute)
+
+
 CHAIN = Chain((2, 3, 2, 4), (3, 2, 4, 2), (1, 3, 5, 2, 1))
 
 
@@ -74,10 +79,10 @@ CHAIN = Chain((2, 3, 2, 4), (3, 2, 4, 2), (1, 3, 5, 2, 1))
 def test_every_order_gives_the_same_result(groups, from_left, chunk):
     cores = [torch.randn(shape, dtype=F64, requires_grad=True) for shape in CHAIN.shapes]
     x = torch.randn(6, 48, 3, dtype=F64, requires_grad=True)  # three columns are carried along
-    weight = contract(torch.eye(48, dtype=F64)[None], cores, Sweep(((0, 4),), True))[0]
+    weight = contract(torch.eye(48, dtype=F64)[None], cores, order_taken(CHAIN, ((0, 4),), True))[0]
     expected = weight @ x
     for recompute in (False, True):
-        actual = contract(x, cores, Sweep(groups, from_left, chunk, recompute))
+        actual = contract(x, cores, order_taken(CHAIN, groups, from_left, chunk, recompute))
         seen = torch.randn_like(actual)
         found = torch.autograd.grad(actual, [x, *cores], seen)
         same([actual, *found], [expected, *torch.autograd.grad(expected, [x, *cores], seen, retain_graph=True)])
@@ -104,7 +109,8 @@ def test_a_layer_equals_its_dense_layer_in_every_order(inputs, outputs, options,
     x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows), dtype=F64)
     expected = gradients(layer, x, lambda leaf: nn.functional.linear(leaf, layer.weight, layer.bias))
     torch.testing.assert_close(layer.to_dense()(x), expected[0])
-    for sweep in (None, Sweep(groups, data.draw(st.booleans()), chunk, data.draw(st.booleans()))):
+    drawn = order_taken(layer._chain, groups, data.draw(st.booleans()), chunk, data.draw(st.booleans()))
+    for sweep in (None, drawn):
         forced = layer if sweep is None else force(layer, sweep)
         same(gradients(forced, x, forced), expected, rtol=1e-10, atol=1e-10)
 
@@ -171,6 +177,60 @@ def test_the_planned_order_is_the_fastest_of_the_model(data):
         seconds = _tt_order._seconds(chain, rows, from_left, training, 1)
         scores += [_tt_order.RATE * sum(itertools.starmap(seconds, groups)) for groups in groupings(order)]
     assert plan.score * _tt_order.TIE <= min(scores) <= plan.score * (1 + 1e-9)
+
+
+def trees(start, stop):
+    """Every way to merge neighbouring cores, as the bonds that are contracted, the last product last."""
+    if stop - start == 1:
+        yield ()
+    for k in range(start + 1, stop):
+        for left, right in itertools.product(trees(start, k), trees(k, stop)):
+            yield (*left, *right, k)
+
+
+def products(chain, tree):
+    """The products of a tree, worked out on the sets of cores that each one joins."""
+    whole = {k: (k, k + 1) for k in range(len(chain.out_shape))}
+    found = []
+    for bond in tree:
+        start, stop = whole[bond - 1][0], whole[bond][1]
+        sizes = (chain.core(start, bond) // chain.ranks[bond], chain.core(bond, stop) // chain.ranks[bond])
+        found.append((sizes[0], chain.ranks[bond], sizes[1]))
+        whole.update(dict.fromkeys(range(start, stop), (start, stop)))
+    return found
+
+
+@given(st.data())
+@few
+def test_cores_are_merged_by_the_fastest_tree_of_products(data):
+    order = data.draw(st.integers(2, 6))
+    dims = st.lists(st.integers(1, 4), min_size=order, max_size=order).map(tuple)
+    ranks = data.draw(st.lists(st.integers(1, 20), min_size=order + 1, max_size=order + 1))
+    chain = Chain(data.draw(dims), data.draw(dims), tuple(ranks))
+    merged = chain.merge(0, order)
+    seconds = [sum(itertools.starmap(_tt_order._joining, products(chain, tree))) for tree in trees(0, order)]
+    assert merged.seconds == pytest.approx(min(seconds))
+    cores = [torch.randn(shape, dtype=F64) for shape in chain.shapes]
+    with FlopCounterMode(display=False) as counter:
+        core = merge(cores, merged.order)
+    assert counter.get_total_flops() == 2 * merged.macs
+    torch.testing.assert_close(core, merge(cores, (0,) * (order - 1)))
+
+
+def test_halves_are_merged_first_where_that_is_a_third_less():
+    chain = Chain((8,) * 4, (8,) * 4, (1, 32, 32, 32, 1))
+    halves = chain.merge(0, 4)
+    assert halves.order == (0, 1, 0)
+    assert halves.joins[-1] == (4096, 32, 4096)
+    grown = products(chain, (1, 2, 3))
+    assert halves.macs < 0.7 * sum(map(math.prod, grown))
+    assert chain.merge(1, 3).order == (0,)
+
+
+def test_no_product_of_a_merge_exceeds_the_bound():
+    chain = Chain((8,) * 4, (8,) * 4, (1, 5000, 5000, 5000, 1))  # the weight is small, half of it is not
+    assert chain.core(0, 4) <= _tt_order.LARGEST_MERGE < chain.core(0, 2)
+    assert plan_sweep(chain, 16384).groups == tuple((k, k + 1) for k in range(4))
 
 
 def test_plans_differ_between_batches_and_are_cached():
@@ -332,7 +392,7 @@ def test_autocast_gives_half_precision_in_every_order(dtype, make, recompute):
     layer = make(recompute=recompute)
     x = torch.randn(5, 1200) if isinstance(layer, TTLinear) else torch.randn(2, 64, 12, 12)
     expected = gradients(layer, x, layer)
-    sweep = Sweep(((0, 1), (1, 3)), True, 2) if isinstance(layer, TTLinear) else None
+    sweep = order_taken(layer._chain, ((0, 1), (1, 3)), True, 2) if isinstance(layer, TTLinear) else None
     for each in (layer, force(layer, sweep)) if sweep else (layer,):
         with torch.autocast("cpu", dtype=dtype):
             actual = gradients(each, x, each)

@@ -66,7 +66,8 @@ def test_every_order_of_work_gives_the_same_rows(case):
         bonds = [0, *(k + 1 for k, cut in enumerate(cuts) if cut), order]
         groups = tuple(itertools.pairwise(bonds))
         for from_left in (True, False):
-            plan = RowPlan(groups, from_left, 0, 0, 0.0)
+            merges = tuple(layer._chain.merge(*group).order for group in groups)
+            plan = RowPlan(groups, from_left, 0, 0, 0.0, merges)
             found = table_rows(list(layer.cores), in_shape, index, plan)[:, :dim]
             torch.testing.assert_close(found, table[index])
 

@@ -52,6 +52,17 @@ def batch_target(batch: Any) -> Any:
     return None
 
 
+def first_tensor(value: Any) -> Tensor | None:
+    """Return the first tensor inside nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        return next((found for item in value if (found := first_tensor(item)) is not None), None)
+    return None
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """Move every tensor inside tuples, lists and mappings to a device."""
     if isinstance(value, Tensor):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -22,6 +24,35 @@ LEAST_ROUNDS = 5
 WARM_UP_CALLS = 3
 SAMPLE_SECONDS = 0.005  # a sample this long is far above the timer's resolution and the cost of a call
 MOST_CALLS = 1000
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How latencies are measured for a budget on latency.
+
+    Args:
+        runtime: "eager", "compile", "onnxruntime", or a function `(model, example) -> callable`.
+        threads: threads per operation; by default what torch is set to.
+        seconds: after so long no further layer is timed; those left stay dense.
+        cache: whether times of layers are kept in the user's cache folder; a path names another folder. Times in a
+            function of the user's are not kept.
+
+    Raises:
+        DataError: an unknown runtime, or threads or seconds that are not positive.
+
+    Example:
+        >>> Timing(threads=1).runtime
+        'eager'
+    """
+
+    runtime: str | Runtime = "eager"
+    threads: int | None = None
+    seconds: float = 90.0
+    cache: bool | str | Path = True
+
+    def __post_init__(self) -> None:
+        runtime_of(self.runtime)
+        _check_positive({"threads": 1 if self.threads is None else self.threads, "seconds": self.seconds})
 
 
 @dataclass(frozen=True)
@@ -65,7 +96,20 @@ class Latency:
         return _quartiles(self.ratios)
 
 
-def time_models(
+Clock: TypeAlias = Callable[[], float]
+
+
+def steady_clock(model: nn.Module, threads: int | None = None) -> Clock:
+    """Return the clock for measurements that other programs should not disturb.
+
+    On one thread of a processor that is the processor time of this process, which is what a clock on the wall shows on
+    an idle machine; where more work together, it is the time on the wall.
+    """
+    alone = device_of(model).type == "cpu" and (threads or torch.get_num_threads()) == 1
+    return time.process_time if alone else time.perf_counter
+
+
+def time_models(  # noqa: PLR0913
     models: Mapping[str, nn.Module],
     example: Any,
     *,
@@ -73,6 +117,7 @@ def time_models(
     threads: int | None = None,
     rounds: int = 25,
     seconds: float = 10.0,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, Latency]:
     """Time models on the same example in interleaved rounds.
 
@@ -88,6 +133,7 @@ def time_models(
         threads: Threads per operation; by default what torch is set to.
         rounds: Rounds to measure.
         seconds: Time after which no further round starts, once there are five.
+        clock: what is read before and after a sample, in seconds.
 
     Returns:
         Name to `Latency`, in the order given.
@@ -107,7 +153,7 @@ def time_models(
     prepare = runtime_of(runtime)
     with using_threads(threads), evaluating(*models.values()), torch.inference_mode():
         runs = {name: (prepare(model, example), device_of(model)) for name, model in models.items()}
-        calls = {name: _calls_per_sample(run, device) for name, (run, device) in runs.items()}
+        calls = {name: _calls_per_sample(run, device, clock) for name, (run, device) in runs.items()}
         samples: dict[str, list[float]] = {name: [] for name in runs}
         order = list(runs)
         start = time.perf_counter()
@@ -115,7 +161,7 @@ def time_models(
             if done >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
                 break
             for name in order:
-                samples[name].append(_sample(*runs[name], calls[name]))
+                samples[name].append(_sample(*runs[name], calls[name], clock))
             order.reverse()
         return {
             name: Latency(
@@ -133,9 +179,47 @@ def time_models(
 def _check(models: Mapping[str, nn.Module], threads: int | None, rounds: int, seconds: float) -> None:
     if not models:
         raise DataError("there is no model to time: pass a mapping from names to models")
-    for name, value in {"threads": 1 if threads is None else threads, "rounds": rounds, "seconds": seconds}.items():
+    _check_positive({"threads": 1 if threads is None else threads, "rounds": rounds, "seconds": seconds})
+
+
+def _check_positive(values: Mapping[str, float]) -> None:
+    for name, value in values.items():
         if not value > 0:
             raise DataError(f"{name} is {value!r}: it must be positive")
+
+
+def fastest_layout(
+    model: nn.Module, example: Any, *, runtime: str | Runtime = "eager", threads: int | None = None
+) -> torch.memory_format:
+    """Return the memory format in which a model is the faster on an example as it is: `contiguous` or `channels_last`.
+
+    Convolutions of a model in `channels_last` give their results in it, whatever the format of the example. Weights
+    that a compressed model takes from such a model are in it too, so choose the format before compressing.
+
+    Args:
+        model: any module; copies of it are timed.
+        example: as in `time_models`.
+        runtime: as in `time_models`.
+        threads: as in `time_models`.
+
+    Returns:
+        `torch.contiguous_format` or `torch.channels_last`, for `model.to(memory_format=…)`.
+
+    Raises:
+        DataError: as `time_models` does.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Conv2d(4, 4, 3)
+        >>> layout = fastest_layout(model, torch.ones(1, 4, 8, 8))
+        >>> layout in (torch.contiguous_format, torch.channels_last)
+        True
+    """
+    formats = (torch.contiguous_format, torch.channels_last)
+    models = {str(layout): copy.deepcopy(model).to(memory_format=layout) for layout in formats}
+    clock = steady_clock(model, threads)
+    times = time_models(models, example, runtime=runtime, threads=threads, clock=clock)
+    return max(formats, key=lambda layout: times[str(layout)].ratio)
 
 
 @contextmanager
@@ -149,19 +233,19 @@ def using_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _calls_per_sample(run: Run, device: torch.device) -> int:
+def _calls_per_sample(run: Run, device: torch.device, clock: Clock) -> int:
     """Warm up (caches, compilation, clock) and return how many calls make a sample long enough."""
-    once = min(_sample(run, device, 1) for _ in range(WARM_UP_CALLS))
+    once = min(_sample(run, device, 1, clock) for _ in range(WARM_UP_CALLS))
     return min(MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(once, 1e-9)))
 
 
-def _sample(run: Run, device: torch.device, calls: int) -> float:
+def _sample(run: Run, device: torch.device, calls: int, clock: Clock) -> float:
     _synchronise(device)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         run()
     _synchronise(device)
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 def _synchronise(device: torch.device) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from rankfold._atomic import atomic_path
 from rankfold._batches import device_of
 from rankfold._modes import evaluating
+from rankfold._outputs import output_error
 from rankfold.errors import LayerError, PlanError, RankfoldError
 from rankfold.latency import Latency, time_models
 from rankfold.layers import is_factorised, stock_twin
 from rankfold.planning import Choice, Plan, block_modules, is_block
 from rankfold.runtimes import Runtime
-from rankfold.stats import Stats, count_params, measure
+from rankfold.stats import Stats, count_bytes, count_params, measure
 
 WIDTH = 120
 WORDS = frozenset({"model", "layer", "method", "reason"})  # columns that are flush left
@@ -38,10 +39,12 @@ class Row:
     Attributes:
         model: "before" or "after".
         params: Parameters, shared ones counted once.
-        bytes: Bytes of parameters and buffers.
+        bytes: Bytes of parameters and buffers as they are saved, shared ones counted once.
         macs: Multiply-adds per example.
         latency: Times measured side by side with the other row.
         accuracy: What `evaluate` returned.
+        output_error: Relative error of the outputs against those of the dense model, measured on the data.
+        predicted_error: What the plan predicted it to be.
     """
 
     model: str
@@ -50,6 +53,8 @@ class Row:
     macs: int | None
     latency: Latency | None
     accuracy: float | None
+    output_error: float | None = None
+    predicted_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class LayerRow:
         options: Options of the method, such as the split of a low-rank convolution.
         params: Parameters before and after.
         macs: Multiply-adds per example, before and after.
-        predicted_error: Relative Frobenius error of the weight that the plan predicted.
+        predicted_error: Relative error that the plan predicted, of the weight or in the plan's metric.
         weight_error: Relative Frobenius distance between the weight now and the dense weight.
         reason: Why the layer was left dense.
     """
@@ -86,7 +91,7 @@ class Report:
     Attributes:
         rows: The model before and after.
         layers: One row per layer that the plan names.
-        conditions: Versions, device type, dtype, threads, runtime and batch size.
+        conditions: The plan's metric, versions, device type, dtype, threads, runtime and batch size.
     """
 
     rows: tuple[Row, ...]
@@ -147,6 +152,7 @@ def report(  # noqa: PLR0913
     plan: Plan,
     *,
     example: Any = None,
+    loader: Iterable[Any] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     runtime: str | Runtime = "eager",
     threads: int | None = None,
@@ -154,13 +160,16 @@ def report(  # noqa: PLR0913
 ) -> Report:
     """Compare a compressed model with the dense one it came from.
 
-    Latencies are measured side by side in interleaved rounds (see `rankfold.latency.time_models`).
+    Latencies are measured side by side in interleaved rounds (see `rankfold.latency.time_models`). The error of the
+    small model's outputs, `|y' - y| / |y|`, is put beside what the plan predicted, which is meant for typical inputs:
+    give a loader of those.
 
     Args:
         model: The dense model.
         small: The compressed model, recovered or not.
         plan: The plan it was compressed with.
         example: One batch for MACs and latency; without it both are left out.
+        loader: Batches to measure the error of the outputs on, all of them; by default the example.
         evaluate: A function from a model to its accuracy, called in eval mode without autograd.
         runtime: Where latency is measured: "eager", "compile" or "onnxruntime".
         threads: Threads for the measurement; by default what torch is set to.
@@ -174,6 +183,8 @@ def report(  # noqa: PLR0913
     """
     models = {"before": model, "after": small}
     _check_names(plan, models)
+    data = loader if loader is not None else None if example is None else [(example,)]
+    output_errors = {} if data is None else {"after": _output_error(model, small, data)}
     stats = {} if example is None else {name: measure(one, example=example) for name, one in models.items()}
     times: dict[str, Latency] = {}
     if latency and example is not None:
@@ -182,15 +193,17 @@ def report(  # noqa: PLR0913
         Row(
             model=name,
             params=count_params(one),
-            bytes=_bytes(one),
+            bytes=count_bytes(one),
             macs=stats[name].macs if stats else None,
             latency=times.get(name),
             accuracy=None if evaluate is None else _accuracy(evaluate, one),
+            output_error=output_errors.get(name),
+            predicted_error=plan.output_error if name in output_errors else None,
         )
         for name, one in models.items()
     )
     layers = tuple(_layer_row(name, choice, models, stats) for name, choice in plan.layers.items())
-    return Report(rows=rows, layers=layers, conditions=_conditions_of(model, stats, times))
+    return Report(rows=rows, layers=layers, conditions=_conditions_of(model, plan, stats, times))
 
 
 def _check_names(plan: Plan, models: Mapping[str, nn.Module]) -> None:
@@ -258,18 +271,18 @@ def _weight(layer: nn.Module) -> Tensor:
     return weight
 
 
-def _bytes(model: nn.Module) -> int:
-    tensors = {t.data_ptr() or id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
 def _accuracy(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
     with evaluating(model), torch.no_grad():
         return float(evaluate(model))
 
 
+def _output_error(model: nn.Module, small: nn.Module, loader: Iterable[Any]) -> float | None:
+    found = output_error(model, small, loader)
+    return None if math.isnan(found) else found
+
+
 def _conditions_of(
-    model: nn.Module, stats: Mapping[str, Stats], times: Mapping[str, Latency]
+    model: nn.Module, plan: Plan, stats: Mapping[str, Stats], times: Mapping[str, Latency]
 ) -> Mapping[str, str | int]:
     first = next(iter(model.parameters()), None)
     found: dict[str, str | int] = {"torch": torch.__version__, "device": device_of(model).type}
@@ -279,6 +292,9 @@ def _conditions_of(
         found["batch"] = stats["before"].batch_size
     for time in times.values():
         found |= {"runtime": time.runtime, "threads": time.threads, "rounds": len(time.seconds)}
+    if plan.latency and plan.dense_latency:
+        found["promised latency"] = f"{plan.latency / plan.dense_latency:.1%} of dense"
+    found["metric"] = plan.metric
     return MappingProxyType(found)
 
 
@@ -294,6 +310,8 @@ def _tables(report: Report) -> dict[str, tuple[list[str], list[list[str]]]]:
             "ms (quartiles)": _milliseconds(row.latency),
             "speed-up (quartiles)": _speed_up(row.latency),
             "accuracy": "" if row.accuracy is None else f"{row.accuracy:.4g}",
+            "output error": _error(row.output_error),
+            "predicted": _error(row.predicted_error),
         }
         for row in report.rows
     ]
@@ -361,4 +379,4 @@ def _error(value: float | None) -> str:
 
 def _conditions(report: Report) -> str:
     text = ", ".join(f"{name} {value}" for name, value in report.conditions.items())
-    return f"Measured with {text}. MACs are per example; errors are relative (Frobenius)."
+    return f"Measured with {text}. MACs are per example; errors are relative (Frobenius), predicted ones in the metric."

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
-from types import MappingProxyType
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from rankfold._copies import copy_with
+from rankfold._pretrained import register, remember
+from rankfold.attention import joined_attention, with_named_projections
 from rankfold.errors import LayerError, PlanError, RankfoldError
 from rankfold.layers import (
     FactorisedLayer,
     LowRankEmbedding,
+    Metric,
     TiedHead,
     is_factorised,
     layer_class,
     refusal,
     stock_twin,
+    untwinned,
 )
 from rankfold.planning import (
     INITS,
@@ -29,23 +33,20 @@ from rankfold.planning import (
     Init,
     Plan,
     block_modules,
+    check_stats,
     fresh_block,
     is_block,
     layer_seed,
     near,
+    planned_metric,
     run,
     stand_ins,
     structural_refusals,
     without_values,
 )
-from rankfold.stats import walk
+from rankfold.stats import Stats, walk
 
-# The fused inference path reads `linear1.weight`, which a factorised layer rebuilds at every read: right but slow.
-# Where one is inside, these flags are switched off.
-FUSED: Mapping[type[nn.Module], tuple[str, Any]] = MappingProxyType(
-    {nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0), nn.TransformerEncoder: ("use_nested_tensor", False)}
-)
-FUSED_BEFORE = "_fused_before_factorising"
+DENSE_TYPE = "_dense_type"  # the entry in a factorised layer of what it replaced, where that was no stock layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,27 +59,37 @@ class _Replacement:
     choice: Choice
     init: Init
     seed: int
+    metric: Metric | None
 
 
 def apply(
-    model: nn.Module, plan: Plan, *, init: Init = "decompose", seed: int = 0, executor: Executor | None = None
+    model: nn.Module,
+    plan: Plan,
+    *,
+    stats: Stats | None = None,
+    init: Init = "decompose",
+    seed: int = 0,
+    executor: Executor | None = None,
 ) -> nn.Module:
     """Return a new model with the plan's layers replaced; the model itself is not changed.
 
     The plan is checked against the whole model before anything is built. Layers that the plan leaves dense
     or doesn't name are copied. Weights that are replaced are never copied, and a module that occurs in
     several places is replaced in all of them by one. Where a layer inside an `nn.TransformerEncoderLayer`
-    is replaced, the copy's fused inference path, which reads dense weights, is switched off.
+    is replaced, the copy's fused inference path, which reads dense weights, is switched off. Where the plan names
+    a projection of an `nn.MultiheadAttention` ("attention.q_proj"), that attention is separated first, as
+    `separate_attention` does.
 
     Args:
         model: the model that the plan was made for, or one of the same shape.
         plan: what becomes of each layer.
+        stats: what the plan was made from, where its metric is of anything but the weights.
         init: "decompose" the weights, or draw them at "random" to train from scratch.
         seed: seed of whatever is random in a decomposition or an initialisation; that of `plan` gives its errors.
         executor: build layers in parallel in this executor's workers; the result is the same.
 
     Raises:
-        PlanError: the plan doesn't fit the model.
+        PlanError: the plan doesn't fit the model, or the statistics don't or lack what its metric needs.
         LayerError: a weight can't be decomposed, or the model can't be copied together with its new layers.
 
     Example:
@@ -90,12 +101,21 @@ def apply(
     """
     if init not in INITS:
         raise PlanError(f"init={init!r} is neither 'decompose' nor 'random'")
+    model = with_named_projections(model, plan.layers)
     layers = dict(walk(model))
-    jobs = _checked(model, layers, plan, init, seed)
+    check_stats(layers, stats)
+    jobs = _checked(model, layers, plan, init, seed, stats)
     blocks = _blocks(model, plan, init, seed)
     _refuse_captured(model, {id(layers[job.name]) for job in jobs} | blocks.keys())
     built = run(_build, jobs, executor=executor, description="Building layers")
-    return _copy_with(model, blocks | {id(layers[job.name]): new for job, new in zip(jobs, built, strict=True)})
+    for job, new in zip(jobs, built, strict=True):
+        if type(layers[job.name]) is not type(job.layer):
+            vars(new)[DENSE_TYPE] = type(layers[job.name])
+    small = copy_with(model, blocks | {id(layers[job.name]): new for job, new in zip(jobs, built, strict=True)})
+    if remember(small):
+        with suppress(RankfoldError):  # an old version of transformers, which `rankfold.hub` would speak of
+            register(partial(apply, init="random"))
+    return small
 
 
 def replace_block(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
@@ -109,14 +129,15 @@ def replace_block(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
     """
     new = stand_ins(model, name, layer)
     _refuse_captured(model, set(new))
-    return _copy_with(model, new)
+    return copy_with(model, new)
 
 
 def densify(model: nn.Module, *, methods: str | Collection[str] = ()) -> nn.Module:
     """Return a new model in which every factorised layer is the stock layer that computes the same function.
 
     The head of a low-rank embedding (`LowRankEmbedding.tied_head`) becomes an `nn.Linear` tied to the embedding's
-    weight. The model itself is not changed.
+    weight, a separated attention an `nn.MultiheadAttention`, and what was a Conv1D of Hugging Face is one again. The
+    model itself is not changed.
 
     Args:
         model: any module.
@@ -140,16 +161,17 @@ def densify(model: nn.Module, *, methods: str | Collection[str] = ()) -> nn.Modu
             dense[id(head)] = _dense(head)
             if id(head.down) in tables:
                 dense[id(head)].weight = tables[id(head.down)].weight
-    return _copy_with(model, dense)
+    copied = copy_with(model, dense)
+    return copied if wanted else joined_attention(copied)
 
 
 def _dense(layer: nn.Module) -> nn.Module:
-    dense: nn.Module = layer.to_dense()  # type: ignore[operator]
-    return dense.train(layer.training)
+    twin: nn.Module = layer.to_dense()  # type: ignore[operator]
+    return untwinned(twin.train(layer.training), vars(layer).get(DENSE_TYPE, type(twin)))
 
 
-def _checked(
-    model: nn.Module, layers: Mapping[str, nn.Module], plan: Plan, init: Init, seed: int
+def _checked(  # noqa: PLR0913
+    model: nn.Module, layers: Mapping[str, nn.Module], plan: Plan, init: Init, seed: int, stats: Stats | None
 ) -> list[_Replacement]:
     """Return what there is to build, once the whole plan is known to fit the model."""
     refused = structural_refusals(model)
@@ -165,7 +187,8 @@ def _checked(
         reason = refused.get(name) or _unfit(layer, init)
         if reason:
             raise PlanError(f"layer {name!r} ({type(layer).__name__}) can't be replaced: {reason}")
-        jobs.append(_checked_job(name, layer, choice, init, seed))
+        metric = planned_metric(plan, name, stats) if init == "decompose" else None
+        jobs.append(_checked_job(name, layer, choice, init, seed, metric))
     return jobs
 
 
@@ -199,7 +222,9 @@ def _unfit(layer: nn.Module, init: Init) -> str | None:
     return refusal(layer)
 
 
-def _checked_job(name: str, layer: nn.Module, choice: Choice, init: Init, seed: int) -> _Replacement:
+def _checked_job(
+    name: str, layer: nn.Module, choice: Choice, init: Init, seed: int, metric: Metric | None
+) -> _Replacement:
     try:
         dense = stock_twin(layer)
         cls = layer_class(dense, choice.method)
@@ -207,7 +232,7 @@ def _checked_job(name: str, layer: nn.Module, choice: Choice, init: Init, seed: 
         _check_rank(choice.rank, full)
     except (TypeError, RankfoldError) as error:
         raise PlanError(f"layer {name!r} ({type(layer).__name__}) and the plan: {error}") from error
-    return _Replacement(name, dense, cls, choice, init, layer_seed(name, seed))
+    return _Replacement(name, dense, cls, choice, init, layer_seed(name, seed), metric)
 
 
 def _check_rank(rank: Any, full: Any) -> None:
@@ -220,8 +245,9 @@ def _check_rank(rank: Any, full: Any) -> None:
 
 def _build(job: _Replacement) -> nn.Module:
     make: Any = job.cls.from_dense if job.init == "decompose" else job.cls.like
+    measured = {} if job.metric is None else {"metric": job.metric}
     try:
-        new: nn.Module = make(job.layer, rank=job.choice.rank, seed=job.seed, **job.choice.options)
+        new: nn.Module = make(job.layer, rank=job.choice.rank, seed=job.seed, **measured, **job.choice.options)
     except RankfoldError as error:
         raise LayerError(f"layer {job.name!r} ({type(job.layer).__name__}): {error}") from error
     return new.train(job.layer.training)
@@ -244,36 +270,3 @@ def _captured(value: Any) -> Iterator[nn.Module]:
         with suppress(ValueError):  # a cell that was not filled yet
             if isinstance(cell.cell_contents, nn.Module):
                 yield cell.cell_contents
-
-
-def _copy_with(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
-    """Return a deep copy in which the modules of the given ids are replaced, and never copied."""
-    try:
-        copied = copy.deepcopy(model, dict(replacements))
-    except (RuntimeError, TypeError) as error:
-        raise LayerError(
-            f"the model can't be copied ({error}): remove what is not plain state, such as weight norm or a cached "
-            "activation, and try again"
-        ) from error
-    present = {id(module) for module in copied.modules()}
-    replaced = {name: replacements[id(module)] for name, module in model.named_modules() if id(module) in replacements}
-    lost = [name for name, new in replaced.items() if id(new) not in present]
-    if lost:
-        raise LayerError(
-            f"the copy of {type(model).__name__} lacks the new layer {lost[0]!r}: a __deepcopy__ of the model's own "
-            "must pass its memo on to copy.deepcopy for every submodule"
-        )
-    for module in copied.modules():
-        _switch_fused_path(module)
-    return copied
-
-
-def _switch_fused_path(module: nn.Module) -> None:
-    """Make the stock transformer encoder call its layers while one of them is factorised, and only then."""
-    for kind, (flag, off) in FUSED.items():
-        if isinstance(module, kind):
-            if any(map(is_factorised, module.modules())):
-                vars(module).setdefault(FUSED_BEFORE, getattr(module, flag))
-                setattr(module, flag, off)
-            elif FUSED_BEFORE in vars(module):
-                setattr(module, flag, vars(module).pop(FUSED_BEFORE))

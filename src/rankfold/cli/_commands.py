@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -14,20 +13,26 @@ from rich.table import Table
 from torch import nn
 
 from rankfold._atomic import atomic_path
-from rankfold._batches import batch_arguments
 from rankfold.cli import _options as o
+from rankfold.cli._given import (
+    applied,
+    compressed,
+    input_of,
+    one_example,
+    planned,
+    refuse_search,
+    search,
+    was_given,
+)
 from rankfold.cli._sources import RANDOM, SourceError, called, example_of, fitting_input, fresh, function_of, model_of
 from rankfold.cli._svd_training import Outcome, Words, train_svd
 from rankfold.demo import demo as run_demo
-from rankfold.errors import DataError
 from rankfold.exporters import export as export_model
-from rankfold.planning import Budget, Plan
-from rankfold.planning import plan as make_plan
+from rankfold.planning import Plan
 from rankfold.plots import plot_report, plot_spectra
 from rankfold.reports import report as make_report
 from rankfold.stats import measure as measure_model
 from rankfold.store import load, read_plan, save
-from rankfold.surgery import apply as apply_plan
 from rankfold.train import History, Recipe, fit
 
 
@@ -41,7 +46,7 @@ def measure(  # noqa: PLR0913
     as_json: o.Json = False,
 ) -> None:
     """Count parameters and multiply-adds of a model and of each of its layers."""
-    given = _input(example, dtype, data)
+    given = input_of(example, dtype, data)
     source = model_of(model, weights, device)
     with fitting_input():
         stats = measure_model(source, **given)
@@ -73,6 +78,8 @@ def plan(  # noqa: PLR0913
     include: o.Include = None,
     exclude: o.Exclude = None,
     multiple: o.Multiple = 1,
+    metric: o.Metric = "auto",
+    batches: o.Batches = None,
     init: o.Init = "decompose",
     seed: o.Seed = 0,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE.json", help="Write the plan here.")] = None,
@@ -81,12 +88,12 @@ def plan(  # noqa: PLR0913
 ) -> None:
     """Choose a method and a rank for every layer within a budget; nothing is changed."""
     fresh(out, force)
-    search = _search(params, macs, methods, rule, include, exclude, multiple)
-    given = _input(example, dtype, data)
+    options = search(params, macs, methods, rule, include, exclude, multiple, metric)
+    given = input_of(example, dtype, data)
     source = model_of(model, weights, device)
     if init != "random":
         _note_random(model, weights)
-    found = _planned(source, given, {**search, "init": init}, seed)
+    found = planned(source, given, {**options, "init": init}, batches=batches, seed=seed)
     if out is not None:
         with atomic_path(out) as unfinished:
             unfinished.write_text(found.to_json(), encoding="utf-8")
@@ -110,6 +117,9 @@ def compress(  # noqa: PLR0913
     include: o.Include = None,
     exclude: o.Exclude = None,
     multiple: o.Multiple = 1,
+    metric: o.Metric = "auto",
+    recalibrate: o.Recalibrate = True,
+    batches: o.Batches = None,
     seed: o.Seed = 0,
     plan_file: o.PlanIn = None,
     report_file: o.ReportOut = None,
@@ -119,21 +129,23 @@ def compress(  # noqa: PLR0913
     """Make a model smaller, by a budget or by a plan, and save it together with its plan."""
     fresh(out, force)
     fresh(report_file, force)
-    needs_input = plan_file is None or report_file is not None
-    given = _input(example, dtype, data) if needs_input else {}
+    needs_input = plan_file is None or report_file is not None or data is not None
+    given = input_of(example, dtype, data, batches=batches) if needs_input else {}
     if plan_file is None:
-        search = _search(params, macs, methods, rule, include, exclude, multiple)
+        options = search(params, macs, methods, rule, include, exclude, multiple, metric)
     else:
-        _refuse_search(ctx)
+        refuse_search(ctx)
         ready = Plan.from_json(plan_file.read_text(encoding="utf-8"))
     source = model_of(model, weights, device)
     _note_random(model, weights)
-    chosen = _planned(source, given, search, seed) if plan_file is None else ready
-    small = apply_plan(source, chosen, seed=seed)
+    if plan_file is None:
+        small, chosen = compressed(source, given, options, recalibrate=recalibrate, batches=batches, seed=seed)
+    else:
+        small, chosen = applied(source, ready, given, batches=batches, seed=seed), ready
     save(small, chosen, out)
     _note(f"saved {out}")
     if report_file is not None:
-        make_report(source, small, chosen, example=_one_example(given)).save(report_file)
+        make_report(source, small, chosen, example=one_example(given)).save(report_file)
         _note(f"wrote {report_file}")
     typer.echo(chosen.to_json() if as_json else str(chosen))
 
@@ -238,7 +250,7 @@ def _show_svd(outcome: Outcome, out: Path, plot: Path | None, as_json: bool) -> 
 
 def _refuse_svd(ctx: typer.Context) -> None:
     for name in ("kind", "sparsity", "orthogonality", "params", "macs", "energy", "tune", "example", "plot"):
-        if _was_given(ctx, name):
+        if was_given(ctx, name):
             raise SourceError(f"--{name} is for training in SVD form: add --svd spatial, or leave it out")
 
 
@@ -261,7 +273,7 @@ def report(  # noqa: PLR0913
     """Compare a compressed model with the dense one: sizes, work, time, accuracy, errors."""
     fresh(out, force)
     fresh(plot, force)
-    given = _input(example, dtype, data)
+    given = input_of(example, dtype, data)
     dense, compressed, chosen = _pair(model, weights, small, device)
     _note_random(model, weights)
     with fitting_input():
@@ -269,7 +281,7 @@ def report(  # noqa: PLR0913
             dense,
             compressed,
             chosen,
-            example=_one_example(given),
+            example=one_example(given),
             evaluate=None if evaluate is None else function_of(evaluate),
             runtime=runtime,
             threads=threads,
@@ -312,66 +324,6 @@ def demo(
 ) -> None:
     """Train a small network on handwritten digits, compress it with every method, compare (offline)."""
     run_demo(out, seed=seed)
-
-
-def _input(example: str | None, dtype: str, data: str | None) -> dict[str, Any]:
-    """Return what a model is measured with, as keyword arguments of `measure`."""
-    if (example is None) == (data is None):
-        raise SourceError("give one of --example 1,3,224,224 and --data package.module:function")
-    return {"example": example_of(example, dtype)} if example is not None else {"loader": called(str(data))}
-
-
-def _one_example(given: dict[str, Any]) -> Any:
-    """Return one batch as an example."""
-    if "example" in given:
-        return given["example"]
-    for batch in given["loader"]:
-        args, kwargs = batch_arguments(batch)
-        return args or kwargs
-    raise DataError("the loader is empty: it must yield at least one batch")
-
-
-def _search(  # noqa: PLR0913
-    params: float | None,
-    macs: float | None,
-    methods: str,
-    rule: str,
-    include: list[str] | None,
-    exclude: list[str] | None,
-    multiple: int,
-) -> dict[str, Any]:
-    """Return the options of the planner as keyword arguments of `plan`."""
-    if params is None and macs is None and rule != "evbmf":  # which finds ranks without a budget
-        raise SourceError("say how much to keep: --params 0.5, --macs 0.5 or both")
-    return {
-        "budget": None if params is None and macs is None else Budget(params=params, macs=macs),
-        "methods": _words(methods),
-        "rule": rule,
-        "include": tuple(include or ()),
-        "exclude": tuple(exclude or ()),
-        "multiple": multiple,
-    }
-
-
-def _refuse_search(ctx: typer.Context) -> None:
-    for name in inspect.signature(_search).parameters:
-        if _was_given(ctx, name):
-            raise SourceError(f"--plan already says what becomes of every layer: leave --{name} out")
-
-
-def _was_given(ctx: typer.Context, name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
-
-
-def _planned(source: nn.Module, given: dict[str, Any], search: dict[str, Any], seed: int) -> Plan:
-    with fitting_input():
-        stats = measure_model(source, **given)
-    return make_plan(source, stats=stats, seed=seed, **search)
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def _pair(model: str, weights: Path | None, small: Path, device: str) -> tuple[nn.Module, nn.Module, Plan]:

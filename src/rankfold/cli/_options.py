@@ -8,6 +8,7 @@ from typing import Annotated, TypeAlias
 import typer
 
 from rankfold.cli._sources import DTYPES
+from rankfold.planning import METRICS
 from rankfold.runtimes import RUNTIMES
 from rankfold.train import KINDS
 
@@ -81,6 +82,20 @@ Exclude: TypeAlias = Annotated[
     typer.Option("--exclude", metavar="PATTERN", help="No layers of this name or pattern (may be repeated)."),
 ]
 Multiple: TypeAlias = Annotated[int, typer.Option("--multiple", min=1, help="Round ranks to multiples of this.")]
+Metric: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--metric",
+        help="What errors are of: auto (outputs where --data is given, else weights), "
+        f"{', '.join(name for name, grade in METRICS.items() if not grade.rows)}.",
+    ),
+]
+Recalibrate: TypeAlias = Annotated[
+    bool, typer.Option("--recalibrate/--no-recalibrate", help="With --data, fit the new layers to the inputs they get.")
+]
+Batches: TypeAlias = Annotated[
+    int | None, typer.Option("--batches", min=1, help="Batches of --data to read at most; by default all.")
+]
 Seed: TypeAlias = Annotated[int, typer.Option("--seed", help="Seed of every random step.")]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
 Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]

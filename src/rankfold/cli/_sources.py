@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
+from rankfold import hub
 from rankfold.errors import DataError, RankfoldError, StoreError
 
 DTYPES = MappingProxyType(
@@ -78,6 +79,8 @@ def _hugging_face(path: str) -> nn.Module:
     if not Path(path).is_dir():
         raise FileNotFoundError(f"there is no directory {path}: hf: takes one that save_pretrained wrote")
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    if getattr(config, "quantization_config", None) is not None:
+        hub.register()  # so that what was compressed before is loaded as such
     names = config.architectures or ["AutoModel"]
     return getattr(transformers, names[0]).from_pretrained(  # type: ignore[no-any-return]
         path, local_files_only=True, use_safetensors=True

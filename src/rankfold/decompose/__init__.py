@@ -5,13 +5,19 @@ from rankfold.decompose._btt import block_singular_values, block_tensor_train
 from rankfold.decompose._coupled import Coupled, coupled
 from rankfold.decompose._coupled_start import Neurons
 from rankfold.decompose._cp import cp, cp_errors, full_cp_rank
+from rankfold.decompose._cp_metric import metric_cp, metric_cp_errors
 from rankfold.decompose._factors import BTT, CP, SVD, TR, TT, KroneckerSum, TTMatrix, Tucker
 from rankfold.decompose._kronecker import kronecker_sum
+from rankfold.decompose._metric import metric_error
 from rankfold.decompose._ring import tensor_ring
+from rankfold.decompose._shared import SharedSVD, shared_svd
+from rankfold.decompose._spatial import Separable, separable, separable_errors
 from rankfold.decompose._svd import singular_values, svd
 from rankfold.decompose._tt import tensor_train, tt_matrix, tt_round, tt_roundings, tt_spectra
+from rankfold.decompose._tt_metric import metric_tt_errors, metric_tt_matrix
 from rankfold.decompose._tt_shapes import balanced_shape
 from rankfold.decompose._tucker import tucker, tucker_errors
+from rankfold.decompose._tucker_metric import metric_tucker, metric_tucker_errors
 
 __all__ = [
     "BTT",
@@ -21,7 +27,9 @@ __all__ = [
     "KroneckerSum",
     "Neurons",
     "SVD",
+    "Separable",
     "Shapes",
+    "SharedSVD",
     "TR",
     "TT",
     "TTMatrix",
@@ -34,6 +42,16 @@ __all__ = [
     "cp_errors",
     "full_cp_rank",
     "kronecker_sum",
+    "metric_cp",
+    "metric_cp_errors",
+    "metric_error",
+    "metric_tt_errors",
+    "metric_tt_matrix",
+    "metric_tucker",
+    "metric_tucker_errors",
+    "separable",
+    "separable_errors",
+    "shared_svd",
     "singular_values",
     "svd",
     "tensor_ring",

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from rankfold.decompose._cp_als import (
@@ -22,6 +21,7 @@ from rankfold.decompose._cp_als import (
 )
 from rankfold.decompose._cp_correction import corrected, degeneracy, sensitivity
 from rankfold.decompose._cp_start import STARTS, compress, expand, extend, nested
+from rankfold.decompose._curves import monotone_curve
 from rankfold.decompose._factors import CP
 from rankfold.decompose._unfold import check_rank, check_tolerance, relative, working_copy
 from rankfold.errors import DecompositionError
@@ -97,7 +97,7 @@ def cp(  # noqa: PLR0913 (one keyword per choice of the algorithm)
     else:
         run = _fit(work, split, rank, limits, starts, warm, seed)
         run = Run(corrected(split, run.terms), run.trace, run.converged)
-    return _result(split, run, tensor.dtype)
+    return final_form(split, run, tensor.dtype)
 
 
 def cp_errors(  # noqa: PLR0913 (one keyword per choice of the algorithm)
@@ -143,21 +143,25 @@ def cp_errors(  # noqa: PLR0913 (one keyword per choice of the algorithm)
         check_rank(rank, full_cp_rank(tensor.shape))
     if not (_is_count(iterations) and _is_count(anchors) and anchors > 1):
         raise DecompositionError(f"iterations >= 1 and anchors >= 2 are needed, not {iterations!r} and {anchors!r}")
+    fits = {rank: run.trace[-1] for rank, run in fits_at(work, anchor_ranks(ranks, anchors), iterations, seed)}
+    return monotone_curve(list(fits), list(fits.values()), ranks) if fits else [0.0] * len(ranks)
+
+
+def anchor_ranks(ranks: Sequence[int], anchors: int) -> list[int]:
+    """Return at most `anchors` ranks in geometric progression between the smallest and the largest."""
+    return [int(r) for r in np.unique(np.geomspace(min(ranks), max(ranks), anchors).round())]
+
+
+def fits_at(work: Tensor, ranks: Sequence[int], iterations: int, seed: int) -> Iterator[tuple[int, Run]]:
+    """Yield a short fit at each of ascending ranks, begun from the one before; nothing for the zero tensor."""
     split = split_modes(work)
-    if split.total == 0:
-        return [0.0] * len(ranks)
-    known = [int(r) for r in np.unique(np.geomspace(min(ranks), max(ranks), anchors).round())]
-    errors = [1.0]  # at rank 0
     terms: Terms | None = None
-    for rank in known:
+    for rank in ranks if split.total else ():
         warm = [] if terms is None else [extend(work, terms, rank)]
         starts = tuple(STARTS) if terms is None else ("hosvd",)
         run = _fit(work, split, rank, (iterations, 1e-4), starts, warm, seed)
         terms = run.terms
-        errors.append(min(errors[-1], run.trace[-1]))
-    # the error itself bends too much towards a full rank, its logarithm has no value there
-    curve = PchipInterpolator([0, *known], np.sqrt(errors))
-    return [float(curve(rank)) ** 2 for rank in ranks]
+        yield rank, run
 
 
 def full_cp_rank(shape: Sequence[int]) -> int:
@@ -237,7 +241,7 @@ def _initial_terms(initial: CP, work: Tensor, rank: int) -> Terms:
     return extend(work, Terms(weights, [rows for _, rows in parts]), rank)
 
 
-def _result(split: Split, run: Run, dtype: torch.dtype) -> CP:
+def final_form(split: Split, run: Run, dtype: torch.dtype) -> CP:
     """Return terms in their final form: by descending norm, balanced, signs fixed, in the tensor's dtype."""
     weights, order = run.terms.weights.sort(descending=True, stable=True)
     weights = torch.where(weights > weights[0] * torch.finfo(weights.dtype).eps, weights, 0.0)

@@ -114,6 +114,7 @@ class Tucker:
         error: relative Frobenius error of `to_dense()` against the tensor.
         iterations: HOOI sweeps done (0 for the HOSVD alone).
         converged: whether the sweeps stopped because the error no longer fell.
+        trace: relative error in the metric of the start and after each sweep, where it was found in one.
 
     Example:
         >>> import torch
@@ -128,6 +129,7 @@ class Tucker:
     error: float = 0.0
     iterations: int = 0
     converged: bool = True
+    trace: tuple[float, ...] = field(default=(), repr=False)
 
     @property
     def rank(self) -> tuple[int, ...]:
@@ -154,6 +156,7 @@ class _Chain:
     cores: tuple[Tensor, ...]
     error: float = 0.0
     bound: float = 0.0
+    trace: tuple[float, ...] = field(default=(), repr=False)
 
     @property
     def rank(self) -> tuple[int, ...]:
@@ -174,6 +177,7 @@ class TT(_Chain):
         cores: tensors (r, n, r') with matching neighbours; the first r and the last r' are 1.
         error: relative Frobenius error of `to_dense()` against the tensor.
         bound: the error that the truncations guarantee, `error <= bound`.
+        trace: empty; see `TTMatrix`.
         rank: the bonds between neighbouring cores.
         num_params: entries of all cores.
 
@@ -209,6 +213,7 @@ class TTMatrix(_Chain):
         cores: tensors (r, out_k, in_k, r') with matching neighbours; the first r and the last r' are 1.
         error: relative Frobenius error of `to_dense()` against the matrix.
         bound: the error that the truncations guarantee, `error <= bound`.
+        trace: relative error in the metric of the start and after each core solved, where it was found in one.
         rank: the bonds between neighbouring cores.
         num_params: entries of all cores.
 

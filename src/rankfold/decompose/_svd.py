@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rankfold._typing import Float
 from rankfold.decompose._factors import SVD, fix_signs
+from rankfold.decompose._metric import check_definite, check_metric, check_moment, metric_spectrum, root_of, row_roots
 from rankfold.decompose._unfold import (
     check_rank,
     check_tolerance,
@@ -65,12 +66,13 @@ class _Target:
 Method: TypeAlias = Callable[[Tensor, _Target, int], Triplets | None]
 
 
-def svd(
+def svd(  # noqa: PLR0913 (one keyword per choice of the target and the metric)
     matrix: Tensor,
     rank: int | None = None,
     *,
     tolerance: float | None = None,
     second_moment: Tensor | None = None,
+    rows: Tensor | None = None,
     method: str = "auto",
     seed: int = 0,
     dtype: torch.dtype | None = None,
@@ -80,14 +82,17 @@ def svd(
     Minimises `||W - W'||_F` over the matrices W' of the rank; the squared error is the tail `sum_{i > r} s_i^2`.
     With the second moment `C = E[x x^T]` of the inputs it minimises the error of the outputs,
     `E ||(W - W') x||^2 = ||(W - W') C^(1/2)||_F^2`, by the projection `W' = U_r U_r^T W` on the leading
-    eigenvectors of `W C W^T`: no inverse, so that a singular C will do. `error` stays the plain relative Frobenius
-    error; in the metric it is `sqrt(trace(D C D^T) / trace(W C W^T))` with `D = W - W'`.
+    eigenvectors of `W C W^T`: no inverse, so that a singular C will do. With weights G of the outputs it is
+    `W' = G^(-1/2) U_r U_r^T G^(1/2) W` on those of `G^(1/2) W C W^T G^(1/2)`. At full rank W' is W. `error` stays the
+    plain relative Frobenius error; that in the metric is `metric_error`'s.
 
     Args:
         matrix: (m, n), any float dtype and device.
         rank: between 1 and min(m, n); this or `tolerance`.
         tolerance: largest relative error (in the metric of C where it is given), below 1; 0 keeps the numerical rank.
         second_moment: (n, n), symmetric positive semi-definite.
+        rows: (m,), weights of the squared errors of the outputs, at least 0 (each counts as 1e-8 of their mean or
+            more, since its inverse is needed); only with a second moment.
         method: "exact"; "gram" (eigenvectors of the smaller Gram matrix: errors above 1e-6); "randomised" (block
             Krylov basis: within 0.2 % of the least error on slowly decaying spectra; for ranks up to a fifth of the
             smaller side); or "auto", the cheapest of them that reaches the accuracy asked for.
@@ -117,8 +122,9 @@ def svd(
     if (rank is None) == (tolerance is None):
         raise DecompositionError(f"give a rank or a tolerance, not both or neither: rank={rank}, tolerance={tolerance}")
     target = _Target(None, check_tolerance(tolerance)) if rank is None else _Target(check_rank(rank, full))
-    if second_moment is not None:
-        return _in_metric(matrix, second_moment, target, method, dtype or torch.float64)
+    if second_moment is not None and target.rank != full:
+        return _in_metric(matrix, second_moment, rows, target, method, dtype or torch.float64)
+    check_metric(matrix, second_moment, rows)
     names = _candidates(full, target) if method == "auto" else FALLBACK.get(method, (method,))
     attempts = [(name, p) for name in names for p in _precisions(name, target, matrix.dtype, dtype)]
     if not attempts:
@@ -129,21 +135,31 @@ def svd(
     return _first_trusted(matrix, attempts, target, seed)
 
 
-def singular_values(matrix: Tensor, *, dtype: torch.dtype = torch.float64) -> Float[Tensor, " values"]:
-    """Return all singular values of a matrix, descending.
+def singular_values(
+    matrix: Tensor,
+    *,
+    second_moment: Tensor | None = None,
+    rows: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Float[Tensor, " values"]:
+    """Return all singular values of a matrix W, descending; in a metric those of `G^(1/2) W C^(1/2)`.
 
     They are square roots of the eigenvalues of the smaller Gram matrix where all of these are well above rounding,
-    and come from the matrix itself otherwise.
+    and come from the matrix itself otherwise. In a metric they are square roots of eigenvalues always, and what is
+    below 1e-8 of the largest is rounding: their tails are the squared errors that `svd` reaches there.
 
     Args:
         matrix: (m, n), any float dtype and device.
+        second_moment: C as in `svd`.
+        rows: the diagonal of G as in `svd`.
         dtype: to compute in, and of the result.
 
     Returns:
         The min(m, n) singular values.
 
     Raises:
-        DecompositionError: NaN or Inf entries, a matrix of another order, not a float dtype.
+        DecompositionError: NaN or Inf entries, a matrix of another order, not a float dtype, a metric that does not
+            fit.
 
     Example:
         >>> import torch
@@ -151,11 +167,14 @@ def singular_values(matrix: Tensor, *, dtype: torch.dtype = torch.float64) -> Fl
         tensor([3., 2.], dtype=torch.float64)
     """
     work = working_copy(matrix, dtype, order=2)
-    rows, scale = _scaled(work)
-    rows = rows if rows.shape[0] <= rows.shape[1] else rows.T
-    values = torch.linalg.eigvalsh(row_gram(rows).double()).flip(0)
+    check_metric(work, second_moment, rows)
+    if second_moment is not None:
+        return metric_spectrum(work, second_moment, rows).to(dtype)
+    short, scale = _scaled(work)
+    short = short if short.shape[0] <= short.shape[1] else short.T
+    values = torch.linalg.eigvalsh(row_gram(short).double()).flip(0)
     clean = float(values[-1]) > CLEAN_VALUES * float(values[0]) and dtype == torch.float64
-    values = values.sqrt() if clean else torch.linalg.svdvals(rows)
+    values = values.sqrt() if clean else torch.linalg.svdvals(short)
     return torch.mul(values, scale)
 
 
@@ -324,44 +343,31 @@ def _triplets(left: Float[Tensor, "m rank"], rest: Float[Tensor, "rank n"]) -> T
     return left.double() @ turn, s, vh
 
 
-def _in_metric(matrix: Tensor, moment: Tensor, target: _Target, method: str, dtype: torch.dtype) -> SVD:
-    """Return the rank-r matrix closest in the metric of a second moment."""
+def _in_metric(  # noqa: PLR0913 (the arguments of `svd`, checked)
+    matrix: Tensor, moment: Tensor, rows: Tensor | None, target: _Target, method: str, dtype: torch.dtype
+) -> SVD:
+    """Return the rank-r matrix closest in the metric of a second moment and of weights of the outputs."""
     work = working_copy(matrix, dtype, order=2)
-    moment = _check_moment(moment, work)
+    moment, _ = check_moment(moment, work)
     if method == "randomised":
         raise DecompositionError("method 'randomised' takes no second moment: use 'auto', 'gram' or 'exact'")
+    roots = row_roots(rows, work)
+    scaled = work if roots is None else work * roots
     m, n = work.shape
     name = "exact" if method == "exact" else "gram"
     if method == "exact" or m > n:
-        values, vectors = torch.linalg.eigh(moment)
-        _check_definite(values)
         find = _exact if method == "exact" else _gram
-        left = find(work @ (vectors * values.clamp_min(0).sqrt()), target, 0)[0].to(work.dtype)
+        left = find(scaled @ root_of(moment), target, 0)[0].to(work.dtype)
     else:
-        values, vectors = torch.linalg.eigh((work @ moment @ work.T).double())
-        _check_definite(values)
+        values, vectors = torch.linalg.eigh((scaled @ moment @ scaled.T).double())
+        check_definite(values)
         rank = target.choose(values.flip(0))
         left = vectors[:, -rank:].to(work.dtype)
-    return _result(work, _triplets(left, left.T @ work), name, matrix.dtype)
-
-
-def _check_moment(moment: Tensor, work: Tensor) -> Tensor:
-    n = work.shape[1]
-    if tuple(moment.shape) != (n, n):
-        raise DecompositionError(f"the second moment of {n} inputs is ({n}, {n}), not {tuple(moment.shape)}")
-    moment = working_copy(moment, work.dtype).to(work.device)
-    scale = float(moment.abs().max())
-    if scale == 0:
-        raise DecompositionError("the second moment is zero: every matrix has the same error in it")
-    if float((moment - moment.T).abs().max()) > 1e-4 * scale:
-        raise DecompositionError("the second moment is not symmetric: it is the mean of x x^T over the inputs x")
-    return (moment + moment.T) / (2 * scale)
-
-
-def _check_definite(values: Tensor) -> None:
-    if float(values.min()) < -1e-5 * float(values.max().abs()):
-        least = f"least eigenvalue {float(values.min()):.3g} of largest {float(values.max()):.3g}"
-        raise DecompositionError(f"the second moment is not positive semi-definite: {least}")
+    rest = left.T @ scaled
+    if roots is not None:
+        left, carry = torch.linalg.qr(left / roots)
+        rest = carry @ rest
+    return _result(work, _triplets(left, rest), name, matrix.dtype)
 
 
 METHODS: MappingProxyType[str, Method] = MappingProxyType({"exact": _exact, "gram": _gram, "randomised": _randomised})

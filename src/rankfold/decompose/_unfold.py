@@ -98,6 +98,18 @@ def unfold(tensor: Tensor, mode: int) -> Float[Tensor, "dim rest"]:
     return tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
 
 
+def split_axis(tensor: Tensor, axis: int, sizes: Sequence[int]) -> Tensor:
+    """Return the tensor with one axis split into several; one of the sizes may be -1.
+
+    Example:
+        >>> import torch
+        >>> tuple(split_axis(torch.zeros(2, 12), 1, (3, -1)).shape)
+        (2, 3, 4)
+    """
+    axis %= tensor.ndim
+    return tensor.reshape(*tensor.shape[:axis], *sizes, *tensor.shape[axis + 1 :])
+
+
 def fold(matrix: Float[Tensor, "dim rest"], mode: int, shape: Sequence[int]) -> Tensor:
     """Return the tensor of the given shape whose mode-`mode` unfolding is `matrix`.
 

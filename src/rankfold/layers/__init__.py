@@ -1,7 +1,8 @@
 """Factorised layers: the signature of the dense twin plus a rank; built, costed and undone without the model."""
 
+from rankfold.layers._attention import PROJECTIONS, SeparateAttention
 from rankfold.layers._btt import BTTLinear
-from rankfold.layers._contract import Call, Cost, FactorisedLayer, Options, Spectrum
+from rankfold.layers._contract import Call, Cost, FactorisedLayer, Metric, Options, Spectrum
 from rankfold.layers._conv_cp import CPConv1d, CPConv2d, CPConv3d
 from rankfold.layers._conv_svd import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from rankfold.layers._conv_tucker import TuckerConv1d, TuckerConv2d, TuckerConv3d
@@ -10,8 +11,9 @@ from rankfold.layers._fan_in import FanIns, fan_ins
 from rankfold.layers._flexible import BLOCKS, FlexibleActivation, FlexibleLinear
 from rankfold.layers._kronecker import KroneckerLinear
 from rankfold.layers._linear import LowRankLinear
-from rankfold.layers._refusal import factorisable, refusal, stock_twin
+from rankfold.layers._refusal import factorisable, refusal, stock_twin, untwinned
 from rankfold.layers._ring import TRLinear
+from rankfold.layers._rows import Rows, output_rows, row_size, rows_of
 from rankfold.layers._svd_form import SVDForm, SVDLinear
 from rankfold.layers._svd_form_conv import SVDConv1d, SVDConv2d, SVDConv3d
 from rankfold.layers._table import TABLE, dense_cost, is_factorised, layer_class, methods_for
@@ -38,12 +40,16 @@ __all__ = [
     "LowRankConv3d",
     "LowRankEmbedding",
     "LowRankLinear",
+    "Metric",
     "Options",
+    "PROJECTIONS",
+    "Rows",
     "SVDConv1d",
     "SVDConv2d",
     "SVDConv3d",
     "SVDForm",
     "SVDLinear",
+    "SeparateAttention",
     "Spectrum",
     "TABLE",
     "TRLinear",
@@ -63,7 +69,11 @@ __all__ = [
     "is_factorised",
     "layer_class",
     "methods_for",
+    "output_rows",
     "refusal",
+    "row_size",
+    "rows_of",
     "stock_twin",
     "unfolded",
+    "untwinned",
 ]

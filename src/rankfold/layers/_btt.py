@@ -119,16 +119,21 @@ class BTTLinear(StructuredLinear):
         return spread(min(most, BTTLinear._full(form)), multiple, CANDIDATES)
 
     @classmethod
-    def errors(cls, dense: nn.Module, ranks: Sequence[Rank], *, seed: int = 0, **options: Any) -> tuple[float, ...]:
-        """Return the relative error of the weight at each rank, from the singular values of every block."""
+    def _weight_errors(cls, form: Train, matrix: Tensor, ranks: Sequence[Rank], seed: int) -> tuple[float, ...]:
+        """Return the errors from the singular values of every block."""
         del seed  # nothing is random
-        form = cls._form_of(dense, **options)
-        checked: list[Any] = [check_rank(form.owner, rank, cls._full(form)) for rank in ranks]
-        return tuple(tail_errors(cls.spectra(dense, **options)[0].values, checked))
+        checked: list[Any] = [*ranks]
+        return tuple(tail_errors(_block_values(form, matrix), checked))
 
     @classmethod
     def spectra(cls, dense: nn.Module, **options: Any) -> tuple[Spectrum, ...]:
         """Return the blocks' singular values, their squares summed over the blocks: its tails are the errors."""
         form, matrix = cls._form_of(dense, **options), finite_weight_of(cls, dense)
-        values = block_singular_values(matrix, form.out_shape, form.in_shape)
-        return (Spectrum(torch.linalg.vector_norm(values, dim=(0, 1)), (form.out_shape[1], form.in_shape[1])),)
+        return (Spectrum(_block_values(form, matrix), (form.out_shape[1], form.in_shape[1])),)
+
+
+def _block_values(form: Train, matrix: Tensor) -> Tensor:
+    """The singular values of the blocks, the root of the sum of their squares over the blocks."""
+    values = block_singular_values(matrix, form.out_shape, form.in_shape)
+    norms: Tensor = torch.linalg.vector_norm(values, dim=(0, 1))
+    return norms

@@ -44,10 +44,15 @@ def take_over(layer: L, dense: nn.Module) -> L:
 def hollow(owner: type[L], dense: Any, arguments: Mapping[str, Any], device: Device) -> L:
     """Return a layer without values in the place of `dense`, on its device unless told another.
 
-    It is built on the meta device, so that no random number is drawn.
+    It is built on the meta device, so that no random number is drawn. Kernels lie in memory as that of `dense`.
     """
     layer = owner(**arguments, device="meta", dtype=dense.weight.dtype)
-    return take_over(place(layer, dense.weight.device if device is None else device), dense)
+    layer = take_over(place(layer, dense.weight.device if device is None else device), dense)
+    if dense.weight.dim() == 4 and dense.weight.stride(1) == 1 < dense.weight.shape[1]:
+        for stage in layer.modules():
+            if isinstance(stage, nn.Conv2d):
+                stage.to(memory_format=torch.channels_last)
+    return layer
 
 
 def copy_(target: Tensor | None, value: Tensor | None) -> None:

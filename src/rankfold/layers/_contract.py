@@ -45,6 +45,28 @@ class Spectrum:
     shape: tuple[int, int]
 
 
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """What is known of the inputs of a layer: errors in it are errors of the layer's outputs, not of its weight.
+
+    The squared error of a weight W' in it is `sum_g trace(D_g C_g D_g^T)` with `D = W - W'` as the matrix
+    `weight.flatten(1)` of each group g. C is the covariance where the layer has a bias, since the bias then takes up
+    what the change does to the mean, and the second moment where it has none.
+
+    Attributes:
+        second: (groups, n, n), float64: the mean of `x x^T` over the inputs x of a linear layer, or over the patches
+            of a convolution, n = in/groups * kernel, in the order of `weight.flatten(1)`; groups is 1 but for grouped
+            convolutions.
+        mean: (groups, n), float64: the mean of x.
+        rows: (out,), float64, or None: weights of the squared errors of the outputs, such as the mean squared
+            gradients of the loss in them.
+    """
+
+    second: Tensor
+    mean: Tensor
+    rows: Tensor | None = None
+
+
 @runtime_checkable
 class FactorisedLayer(Protocol):
     """The contract; `dense` is always a stock layer of type `dense_type`.
@@ -91,16 +113,24 @@ class FactorisedLayer(Protocol):
         """Return the cost of the factorised layer, without building it."""
 
     @classmethod
-    def errors(cls, dense: nn.Module, ranks: Sequence[Rank], *, seed: int = 0, **options: Any) -> tuple[float, ...]:
-        """Return the relative Frobenius error of the weight at each rank, from one factorisation."""
+    def errors(
+        cls, dense: nn.Module, ranks: Sequence[Rank], *, seed: int = 0, metric: Metric | None = None, **options: Any
+    ) -> tuple[float, ...]:
+        """Return the relative error at each rank, from one factorisation: Frobenius of the weight, or in a metric."""
 
     @classmethod
     def spectra(cls, dense: nn.Module, **options: Any) -> tuple[Spectrum, ...]:
         """Return one spectrum per entry of the rank, in its order; empty where a method has none."""
 
     @classmethod
-    def from_dense(cls, dense: nn.Module, *, rank: Rank, seed: int = 0, **options: Any) -> Self:
-        """Decompose the weight of `dense`; keeps its options, dtype, device, mode and requires_grad."""
+    def from_dense(
+        cls, dense: nn.Module, *, rank: Rank, seed: int = 0, metric: Metric | None = None, **options: Any
+    ) -> Self:
+        """Decompose the weight of `dense`; keeps its options, dtype, device, mode and requires_grad.
+
+        In a metric the error of the outputs is made small instead of that of the weight, and the bias, where there is
+        one, takes up the mean: `b' = b + (W - W') E[x]`.
+        """
 
     @classmethod
     def like(

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
-from rankfold.decompose import cp, cp_errors, full_cp_rank
+from rankfold.decompose import cp, cp_errors, full_cp_rank, metric_cp, metric_cp_errors
 from rankfold.layers._build import Device
 from rankfold.layers._contract import Options
 from rankfold.layers._conv import ConvShape, Size, axis_parts
 from rankfold.layers._conv_layer import ConvForm, FactorisedConv
+from rankfold.layers._metric import GroupMetric
 from rankfold.layers._ranks import CANDIDATES, break_even, spread
 
 
@@ -79,9 +80,16 @@ def _exact(tensor: Tensor) -> tuple[Tensor, ...]:
     return tuple(factors[mode] for mode in range(tensor.ndim))
 
 
-def _factorise(kernel: Tensor, rank: int, *, seed: int, separable: bool = False) -> tuple[Tensor, ...]:
+def _factorise(
+    kernel: Tensor, rank: int, *, seed: int, metric: GroupMetric | None = None, separable: bool = False
+) -> tuple[Tensor, ...]:
     tensor = _tensor(kernel, separable)
-    out, into, *space = _exact(tensor) if rank == full_cp_rank(tensor.shape) else cp(tensor, rank, seed=seed).factors
+    if rank == full_cp_rank(tensor.shape):
+        out, into, *space = _exact(tensor)
+    elif metric is None:
+        out, into, *space = cp(tensor, rank, seed=seed).factors
+    else:
+        out, into, *space = metric_cp(tensor, rank, seed=seed, **_reordered(kernel, metric, separable)).factors
     parts = _parts(tuple(kernel.shape[2:]), separable)
     depthwise = [
         factor.T.reshape(rank, 1, *(kernel.shape[a + 2] if a in axes else 1 for a in range(kernel.ndim - 2)))
@@ -99,11 +107,29 @@ def _squared_norm(parts: Sequence[Tensor]) -> Tensor:
     return gram.sum()
 
 
-def _errors(kernel: Tensor, ranks: Sequence[int], *, seed: int, separable: bool = False) -> list[float]:
+def _reordered(kernel: Tensor, metric: GroupMetric, separable: bool) -> dict[str, Any]:
+    """Return the metric in the order of the axes of `_tensor`, as arguments of a decomposition."""
+    indices = torch.arange(len(metric.moment), device=metric.moment.device).reshape(1, *kernel.shape[1:])
+    order = _tensor(indices, separable).flatten()
+    return {"second_moment": metric.moment[order][:, order], "rows": metric.rows}
+
+
+def _errors(
+    kernel: Tensor,
+    ranks: Sequence[int],
+    *,
+    seed: int,
+    metric: GroupMetric | None = None,
+    separable: bool = False,
+) -> list[float]:
+    """Return estimates from short fits at a few ranks; in a metric with the output factor fitted in it."""
     tensor = _tensor(kernel, separable)
     full = full_cp_rank(tensor.shape)
     inner = [rank for rank in ranks if rank < full]
-    fitted = iter(cp_errors(tensor, inner, seed=seed) if inner else ())
+    if metric is None:
+        fitted = iter(cp_errors(tensor, inner, seed=seed) if inner else ())
+    else:
+        fitted = iter(metric_cp_errors(tensor, inner, seed=seed, **_reordered(kernel, metric, separable)))
     return [next(fitted) if rank < full else 0.0 for rank in ranks]
 
 

@@ -30,9 +30,10 @@ from rankfold.layers._build import (
     rescale_,
     take_over,
 )
-from rankfold.layers._contract import Call, Cost, Options, Rank, Spectrum
+from rankfold.layers._contract import Call, Cost, Metric, Options, Rank, Spectrum
 from rankfold.layers._conv import STOCK, ConvShape, chain_macs, convolve, dense_twin, grouped
 from rankfold.layers._conv_plan import ChainPlan, Groups, Mode, constant_groups, merge, plan_chain, singles
+from rankfold.layers._metric import GroupMetric, corrected_bias, group_metrics
 from rankfold.layers._ranks import below, check_rank
 from rankfold.layers._twin import TwinLayer
 
@@ -57,8 +58,9 @@ def _mean_values(matrices: Tensor) -> Tensor:
 class ConvForm:
     """How one decomposition writes a kernel as a chain of convolutions.
 
-    `factorise`, `errors` and `unfoldings` see one kernel `(out, in, kernel…)`; `squared_norm` sees the weights of
-    all stages, their groups in front. All but `variants` and `squared_norm` take the options.
+    `factorise`, `errors` and `unfoldings` see one kernel `(out, in, kernel…)`, the first two also its metric;
+    `squared_norm` sees the weights of all stages, their groups in front. All but `variants` and `squared_norm` take
+    the options.
     """
 
     stages: Callable[..., Mapping[str, ConvShape]]
@@ -277,17 +279,29 @@ class FactorisedConv(TwinLayer):
         return Cost(sum(stage.params for stage in stages), sum(chain_macs(stages, call) for call in calls))
 
     @classmethod
-    def errors(cls, dense: nn.Module, ranks: Sequence[Rank], *, seed: int = 0, **options: Any) -> tuple[float, ...]:
-        """Return the relative error of the weight at each rank, from one factorisation per group."""
+    def errors(
+        cls, dense: nn.Module, ranks: Sequence[Rank], *, seed: int = 0, metric: Metric | None = None, **options: Any
+    ) -> tuple[float, ...]:
+        """Return the relative error of the weight, or of the outputs in a metric, at each rank.
+
+        From one factorisation per group. In a metric, the errors of a channel split are those of `from_dense`; of the
+        other forms they are those of what it begins with, so that it reaches them or a little less.
+        """
         kernels, full = cls._kernels(dense), cls.full_rank(dense, **options)
         checked = [check_rank(cls.__name__, rank, full) for rank in ranks]
-        energies = [float(kernel.square().sum()) for kernel in kernels]
-        squares = [0.0] * len(ranks)
-        for kernel, energy in zip(kernels, energies, strict=True):
-            if energy:  # a group of zeros costs nothing
-                relative = cls.form.errors(kernel, checked, seed=seed, **options)
+        groups = group_metrics(cls, dense, metric)
+        squares, total = [0.0] * len(ranks), 0.0
+        for kernel, group in zip(kernels, groups, strict=True):
+            if metric is not None and group is None:
+                continue  # nothing that changes reaches its outputs
+            energy = float(kernel.square().sum()) if group is None else group.energy(kernel.flatten(1))
+            if energy > 0:  # a group of zeros costs nothing
+                relative = cls.form.errors(kernel, checked, seed=seed, **_weighted(group), **options)
                 squares = [square + energy * e**2 for square, e in zip(squares, relative, strict=True)]
-        return tuple(math.sqrt(square / max(sum(energies), 1e-300)) for square in squares)
+                total += energy
+        errors = (math.sqrt(square / max(total, 1e-300)) for square in squares)
+        exact = metric is not None  # `from_dense` then reproduces the weight at full rank
+        return tuple(0.0 if exact and rank == full else e for rank, e in zip(checked, errors, strict=True))
 
     @classmethod
     def spectra(cls, dense: nn.Module, **options: Any) -> tuple[Spectrum, ...]:
@@ -297,13 +311,24 @@ class FactorisedConv(TwinLayer):
         return tuple(Spectrum(_mean_values(stack), (stack.shape[1], stack.shape[2])) for stack in stacks)
 
     @classmethod
-    def from_dense(cls, dense: nn.Module, *, rank: Rank, seed: int = 0, **options: Any) -> Self:
-        """Decompose the kernel of each group in float64; keeps options, dtype, device, mode and requires_grad."""
+    def from_dense(
+        cls, dense: nn.Module, *, rank: Rank, seed: int = 0, metric: Metric | None = None, **options: Any
+    ) -> Self:
+        """Decompose the kernel of each group in float64; keeps options, dtype, device, mode and requires_grad.
+
+        In a metric the error of the outputs is made small; at full rank the kernel is reproduced in any.
+        """
         layer = cls._hollow(dense, rank, None, options)
-        parts = [cls.form.factorise(kernel, layer.rank, seed=seed, **options) for kernel in cls._kernels(dense)]
+        groups = group_metrics(cls, dense, metric)
+        if layer.rank == cls.full_rank(dense, **options):
+            groups = (None,) * len(groups)
+        parts = [
+            cls.form.factorise(kernel, layer.rank, seed=seed, **_weighted(group), **options)
+            for kernel, group in zip(cls._kernels(dense), groups, strict=True)
+        ]
         for weight, factors in zip(layer._weights(), zip(*parts, strict=True), strict=True):
             copy_(weight, torch.cat(factors).reshape(weight.shape))
-        copy_(layer.bias, dense.bias)  # type: ignore[arg-type]
+        copy_(layer.bias, corrected_bias(dense, layer.weight, metric))
         return layer
 
     @classmethod
@@ -314,6 +339,10 @@ class FactorisedConv(TwinLayer):
 
     def _weights(self) -> list[Tensor]:
         return [getattr(self, name).weight for name in self._stage_names]
+
+
+def _weighted(group: GroupMetric | None) -> dict[str, GroupMetric]:
+    return {} if group is None else {"metric": group}
 
 
 def _stock_weights(

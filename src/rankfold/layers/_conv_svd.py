@@ -9,12 +9,13 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from rankfold.decompose import singular_values, svd
+from rankfold.decompose import separable, separable_errors, singular_values, svd
 from rankfold.layers._build import Device
 from rankfold.layers._contract import Options
 from rankfold.layers._conv import ConvShape, Size, axis_parts
 from rankfold.layers._conv_layer import ConvForm, FactorisedConv
 from rankfold.layers._matrix import product_norm
+from rankfold.layers._metric import GroupMetric
 from rankfold.layers._ranks import CANDIDATES, break_even, spread, tail_errors
 from rankfold.layers._unfolding import axes_of, unfolded
 
@@ -54,13 +55,32 @@ def _unfold(kernel: Tensor, split: str) -> Tensor:
     return unfolded(kernel, split=split)[0]
 
 
-def _factorise(kernel: Tensor, rank: int, *, seed: int, split: str = "channel") -> tuple[Tensor, Tensor]:
+def _factorise(
+    kernel: Tensor, rank: int, *, seed: int, metric: GroupMetric | None = None, split: str = "channel"
+) -> tuple[Tensor, Tensor]:
     first, second = axes_of(tuple(kernel.shape[2:]), split)
-    left, right = svd(_unfold(kernel, split), rank, seed=seed).balanced()
+    if metric is None or not second:
+        weighted = {} if metric is None else metric.arguments()
+        left, right = svd(_unfold(kernel, split), rank, seed=seed, **weighted).balanced()
+        left = left.reshape(kernel.shape[0], -1, rank)
+    else:
+        ordered, moment = _in_order(kernel, metric.moment, first, second)
+        found = separable(ordered, rank, second_moment=moment, rows=metric.rows)
+        left, right = found.left, found.right
     columns = [kernel.shape[a + 2] if a in first else 1 for a in range(kernel.ndim - 2)]
     rows = [kernel.shape[a + 2] if a in second else 1 for a in range(kernel.ndim - 2)]
-    up = left.reshape(kernel.shape[0], -1, rank).transpose(1, 2)
+    up = left.transpose(1, 2)
     return right.reshape(rank, kernel.shape[1], *columns), up.reshape(kernel.shape[0], rank, *rows)
+
+
+def _in_order(kernel: Tensor, moment: Tensor, first: tuple[int, ...], second: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return the kernel as (out, in, first axes, second axes), and the second moment in that order."""
+    axes = (1, *(axis + 2 for axis in (*first, *second)))
+    sizes = (kernel.shape[1], math.prod(kernel.shape[a + 2] for a in first), -1)
+    ordered = kernel.permute(0, *axes).reshape(kernel.shape[0], *sizes)
+    order = torch.arange(len(moment), device=moment.device).reshape(kernel.shape[1:])
+    order = order.permute([axis - 1 for axis in axes]).flatten()
+    return ordered, moment[order][:, order]
 
 
 def _matrices(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -73,8 +93,21 @@ def _squared_norm(parts: Sequence[Tensor]) -> Tensor:
     return product_norm(*_matrices(parts))
 
 
-def _errors(kernel: Tensor, ranks: Sequence[int], *, seed: int, split: str = "channel") -> list[float]:  # noqa: ARG001
-    return tail_errors(singular_values(_unfold(kernel, split)), ranks)
+def _errors(
+    kernel: Tensor,
+    ranks: Sequence[int],
+    *,
+    seed: int,  # noqa: ARG001 - nothing is random
+    metric: GroupMetric | None = None,
+    split: str = "channel",
+) -> list[float]:
+    """Return tails of singular values; of the spatial split in a metric, what its start reaches."""
+    first, second = axes_of(tuple(kernel.shape[2:]), split)
+    if metric is None or not second:
+        weighted = {} if metric is None else metric.arguments()
+        return tail_errors(singular_values(_unfold(kernel, split), **weighted), ranks)
+    ordered, moment = _in_order(kernel, metric.moment, first, second)
+    return separable_errors(ordered, list(ranks), **{**metric.for_curves(), "second_moment": moment})
 
 
 def _unfoldings(kernel: Tensor, *, split: str = "channel") -> tuple[Tensor]:

@@ -9,11 +9,12 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from rankfold.decompose import tucker, tucker_errors
+from rankfold.decompose import metric_tucker, metric_tucker_errors, tucker, tucker_errors
 from rankfold.layers._build import Device
 from rankfold.layers._contract import Options
 from rankfold.layers._conv import ConvShape, Size
 from rankfold.layers._conv_layer import ConvForm, FactorisedConv
+from rankfold.layers._metric import GroupMetric
 from rankfold.layers._ranks import CANDIDATES_PER_AXIS, spread_to_full
 
 Pair = tuple[int, int]
@@ -47,8 +48,17 @@ def _candidates(shape: ConvShape, multiple: int) -> Iterator[Pair]:
     return ((r, s) for r in out for s in into if r <= s * space and s <= r * space)
 
 
-def _factorise(kernel: Tensor, rank: Pair, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001 - exact
-    result = tucker(kernel, rank, modes=(0, 1))
+def _factorise(
+    kernel: Tensor,
+    rank: Pair,
+    *,
+    seed: int,  # noqa: ARG001 - nothing is random
+    metric: GroupMetric | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if metric is None:
+        result = tucker(kernel, rank, modes=(0, 1))
+    else:
+        result = metric_tucker(kernel, rank, **metric.arguments())
     up, down = result.factors
     # The factors are orthonormal: the core alone carries the scale, until it is shared among the three.
     scale = float(result.core.square().sum() / math.sqrt(rank[0] * rank[1])) ** (1 / 6) or 1.0
@@ -64,7 +74,16 @@ def _squared_norm(parts: Sequence[Tensor]) -> Tensor:
     return (half * torch.einsum("goik,gij->gojk", core, down @ down.mT)).sum()
 
 
-def _errors(kernel: Tensor, ranks: Sequence[Pair], *, seed: int) -> list[float]:  # noqa: ARG001 - nothing is random
+def _errors(
+    kernel: Tensor,
+    ranks: Sequence[Pair],
+    *,
+    seed: int,  # noqa: ARG001 - nothing is random
+    metric: GroupMetric | None = None,
+) -> list[float]:
+    """Return the errors of the truncated HOSVD; in a metric those of the HOSVD there, its core fitted."""
+    if metric is not None:
+        return metric_tucker_errors(kernel, ranks, **metric.for_curves())
     surface = tucker_errors(kernel, modes=(0, 1))
     return [float(surface[out - 1, into - 1]) for out, into in ranks]
 

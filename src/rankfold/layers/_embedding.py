@@ -20,7 +20,7 @@ from rankfold.layers._build import (
     rescale_,
     take_over,
 )
-from rankfold.layers._contract import Call, Cost, Options, Rank
+from rankfold.layers._contract import Call, Cost, Metric, Options, Rank
 from rankfold.layers._matrix import MatrixLayer, decompose_into, product_norm
 from rankfold.layers._ranks import check_rank
 
@@ -146,10 +146,11 @@ class LowRankEmbedding(MatrixLayer):
         return Cost(checked * (twin.num_embeddings + twin.embedding_dim), rows * checked * twin.embedding_dim)
 
     @classmethod
-    def from_dense(cls, dense: nn.Module, *, rank: Rank, seed: int = 0) -> Self:
-        """Decompose the table in float64; keeps options, dtype, device, mode and requires_grad."""
+    def from_dense(cls, dense: nn.Module, *, rank: Rank, seed: int = 0, metric: Metric | None = None) -> Self:
+        """Decompose the table in float64; keeps options, dtype, device, mode and requires_grad; takes no metric."""
         layer = cls._hollow(dense, rank, None, {})
-        decompose_into(layer, dense, rows=layer.down.weight, columns=layer.up.weight.T, seed=seed)
+        rows, columns = layer.down.weight, layer.up.weight.T
+        decompose_into(layer, dense, rows=rows, columns=columns, seed=seed, metric=metric)
         if layer.padding_idx is not None and not bool(dense.weight[layer.padding_idx].any()):  # type: ignore[index]
             copy_(layer._padding_row(), torch.zeros(()))  # exactly, and not to rounding
         return layer

@@ -257,11 +257,9 @@ class FlexibleLinear(nn.Module):
     ) -> FlexibleLinear:
         """Return the layer that computes what `rankfold.decompose.coupled` found."""
         out, into = len(factors.left), len(factors.right)
-        where: dict[str, Any] = {
-            "device": factors.left.device if device is None else device,
-            "dtype": factors.left.dtype if dtype is None else dtype,
-        }
-        layer = cls(into, out, **where, rank=factors.rank, **_options(factors.basis))
+        dtype = factors.left.dtype if dtype is None else dtype
+        empty = cls(into, out, device="meta", dtype=dtype, rank=factors.rank, **_options(factors.basis))
+        layer = empty.to_empty(device=factors.left.device if device is None else device)  # no random numbers drawn
         layer.activation.set_functions(factors.coefficients, factors.shapes)
         copy_(layer.down.weight, factors.right.T)
         copy_(layer.down.bias, factors.offset)

@@ -114,10 +114,9 @@ class KroneckerLinear(StructuredLinear):
         return spread(min(most, KroneckerLinear._full(form)), multiple, CANDIDATES)
 
     @classmethod
-    def errors(cls, dense: nn.Module, ranks: Sequence[Rank], *, seed: int = 0, **options: Any) -> tuple[float, ...]:
-        """Return the relative error of the weight at each rank, from one SVD; what falls on padding is left out."""
-        form, matrix = cls._form_of(dense, **options), finite_weight_of(cls, dense)
-        checked: list[Any] = [check_rank(form.owner, rank, cls._full(form)) for rank in ranks]
+    def _weight_errors(cls, form: Train, matrix: Tensor, ranks: Sequence[Rank], seed: int) -> tuple[float, ...]:
+        """Return the errors from one SVD; what falls on padding is left out."""
+        checked: list[Any] = [*ranks]
         paired = rearranged(matrix, form.out_shape, form.in_shape)
         if paired.numel() == matrix.numel() or not checked:
             return tuple(tail_errors(singular_values(paired), checked))

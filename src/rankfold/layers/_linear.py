@@ -19,8 +19,9 @@ from rankfold.layers._build import (
     rescale_,
     take_over,
 )
-from rankfold.layers._contract import Call, Cost, Options, Rank
+from rankfold.layers._contract import Call, Cost, Metric, Options, Rank
 from rankfold.layers._matrix import MatrixLayer, decompose_into, product_norm
+from rankfold.layers._metric import corrected_bias
 from rankfold.layers._ranks import check_rank
 
 if TYPE_CHECKING:
@@ -114,11 +115,12 @@ class LowRankLinear(MatrixLayer):
         return Cost(weights + (0 if twin.bias is None else twin.out_features), rows * weights)
 
     @classmethod
-    def from_dense(cls, dense: nn.Module, *, rank: Rank, seed: int = 0) -> Self:
-        """Decompose the weight in float64; keeps dtype, device, mode and requires_grad."""
+    def from_dense(cls, dense: nn.Module, *, rank: Rank, seed: int = 0, metric: Metric | None = None) -> Self:
+        """Decompose the weight in float64, in a metric by projection; keeps dtype, device, mode and requires_grad."""
         layer = cls._hollow(dense, rank, None, {})
-        decompose_into(layer, dense, columns=layer.down.weight, rows=layer.up.weight, seed=seed)
-        copy_(layer.bias, getattr(dense, "bias", None))
+        rows, columns = layer.up.weight, layer.down.weight
+        decompose_into(layer, dense, rows=rows, columns=columns, seed=seed, metric=metric)
+        copy_(layer.bias, corrected_bias(dense, layer.weight, metric))
         return layer
 
     @staticmethod

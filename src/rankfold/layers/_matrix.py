@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from rankfold.decompose import singular_values, svd
 from rankfold.layers._build import check_type, copy_, finite_weight
-from rankfold.layers._contract import Options, Rank, Spectrum
+from rankfold.layers._contract import Metric, Options, Rank, Spectrum
+from rankfold.layers._metric import group_metrics
 from rankfold.layers._ranks import CANDIDATES, break_even, check_rank, spread, tail_errors
 from rankfold.layers._twin import TwinLayer
 
@@ -44,11 +45,23 @@ class MatrixLayer(TwinLayer):
         return spread(break_even(rows + columns, rows * columns), multiple, CANDIDATES)
 
     @classmethod
-    def errors(cls, dense: nn.Module, ranks: Sequence[Rank], *, seed: int = 0) -> tuple[float, ...]:  # noqa: ARG003 - exact
-        """Return the relative error of the weight at each rank, from its singular values."""
-        (spectrum,) = cls.spectra(dense)
-        checked: list[Any] = [check_rank(cls.__name__, rank, min(spectrum.shape)) for rank in ranks]
-        return tuple(tail_errors(spectrum.values, checked))
+    def errors(
+        cls,
+        dense: nn.Module,
+        ranks: Sequence[Rank],
+        *,
+        seed: int = 0,  # noqa: ARG003 - exact
+        metric: Metric | None = None,
+    ) -> tuple[float, ...]:
+        """Return the relative error of the weight, or of the outputs in a metric, at each rank: tails, exact."""
+        check_type(cls, dense, cls.dense_type)
+        (group,) = group_metrics(cls, dense, metric)
+        weight = finite_weight(cls, dense, torch.float32)  # made float64 inside, once: a table may be half the model
+        checked: list[Any] = [check_rank(cls.__name__, rank, min(weight.shape)) for rank in ranks]
+        if metric is not None and group is None:
+            return (0.0,) * len(checked)  # nothing that changes reaches the outputs
+        values = singular_values(weight, **({} if group is None else group.arguments()))
+        return tuple(tail_errors(values, checked))
 
     @classmethod
     def spectra(cls, dense: nn.Module) -> tuple[Spectrum, ...]:
@@ -64,9 +77,13 @@ def _sides(dense: Any) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def decompose_into(layer: Any, dense: nn.Module, *, rows: Tensor, columns: Tensor, seed: int) -> None:
+def decompose_into(
+    layer: Any, dense: nn.Module, *, rows: Tensor, columns: Tensor, seed: int, metric: Metric | None = None
+) -> None:
     """Write the truncated SVD of the weight into `rows` (out, rank) and `columns` (rank, in), balanced."""
-    left, right = svd(finite_weight(type(layer), dense, torch.float32), layer.rank, seed=seed).balanced()
+    (group,) = group_metrics(type(layer), dense, metric)
+    weighted = {} if group is None else group.arguments()
+    left, right = svd(finite_weight(type(layer), dense, torch.float32), layer.rank, seed=seed, **weighted).balanced()
     copy_(rows, left)
     copy_(columns, right)
 

@@ -20,7 +20,7 @@ UNSUPPORTED: Mapping[type[nn.Module], str] = {
     nn.ConvTranspose3d: "transposed convolutions are not factorised: their kernel scatters, with in and out exchanged",
     nn.EmbeddingBag: "nn.EmbeddingBag pools rows inside its own kernel, which a chain of layers cannot do",
     nn.MultiheadAttention: "nn.MultiheadAttention and the fast path of nn.TransformerEncoderLayer read its packed "
-    "weights directly, without calling a layer",
+    "weights directly, without calling a layer: rankfold.separate_attention makes layers of them",
 }
 KINDS = (*STOCK_TYPES, *UNSUPPORTED)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -72,6 +72,18 @@ def stock_twin(module: nn.Module) -> nn.Module:
         values = source.detach().clone(memory_format=torch.contiguous_format)
         setattr(twin, name, nn.Parameter(values, requires_grad=source.requires_grad))
     return twin.train(module.training)
+
+
+def untwinned(twin: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """Return the layer of the class `kind` whose stock twin is `twin`: itself, or Hugging Face's Conv1D; no copies."""
+    if not isinstance(twin, nn.Linear) or issubclass(kind, nn.Linear):
+        return twin
+    make: Any = kind
+    with torch.device("meta"):
+        layer: nn.Module = make(twin.out_features, twin.in_features)
+    layer.weight = nn.Parameter(twin.weight.detach().T.contiguous(), requires_grad=twin.weight.requires_grad)
+    layer.bias = twin.bias
+    return layer.train(twin.training)
 
 
 def refusal(layer: nn.Module) -> str | None:

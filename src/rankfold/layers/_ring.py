@@ -17,9 +17,9 @@ from rankfold.decompose._ring import ring_bonds
 from rankfold.errors import DecompositionError, LayerError
 from rankfold.layers._contract import Rank, Spectrum
 from rankfold.layers._ranks import check_rank, spread
-from rankfold.layers._structured import Box, StructuredLinear, finite_weight_of, sum_boxes, widened
+from rankfold.layers._structured import Box, StructuredLinear, sum_boxes, widened
 from rankfold.layers._tt_chain import RESOLVED, Train
-from rankfold.layers._tt_contract import merge, merge_groups, sweep_state
+from rankfold.layers._tt_contract import matrices_of, merge, sweep_state
 from rankfold.layers._tt_order import BATCHES, CHUNK, LARGEST_MERGE, Chain, Sweep, bucket, plan_sweep
 from rankfold.layers._tt_plan import wants_gradients
 
@@ -43,6 +43,7 @@ class RingPlan:
         fixed_macs: multiply-adds of merging, once per call.
         row_macs: multiply-adds per row.
         score: the cost model's estimate.
+        merging: the order of the products that merge the first cores, or all but the last where the weight is rebuilt.
     """
 
     head: int
@@ -51,6 +52,7 @@ class RingPlan:
     fixed_macs: int
     row_macs: int
     score: float
+    merging: tuple[int, ...]
 
     def macs(self, rows: int) -> int:
         """Return the multiply-adds for a number of rows."""
@@ -98,6 +100,7 @@ class TRLinear(StructuredLinear):
 
     def _prepare(self) -> None:
         shapes = tuple(_core_shapes(self._form, self._rank))
+        self._merging = _chain(shapes[:-1]).merge(0, len(shapes) - 1).order
         self._plans = {
             training: tuple(plan_ring(shapes, rows, training=training) for rows in BATCHES)
             for training in (False, True)
@@ -112,14 +115,14 @@ class TRLinear(StructuredLinear):
         plan, cores = self.plan(rows.shape[0]), list(self.cores)
         if plan.sweep is None:
             return rows @ self._matrix().T
-        head, tail = merge(cores[: plan.head]), open_tail(cores[plan.head :])
-        groups, from_left = merge_groups(tail, plan.sweep), plan.sweep.from_left
+        head, tail = merge(cores[: plan.head], plan.merging), open_tail(cores[plan.head :])
+        sweep, matrices = plan.sweep, matrices_of(tail, plan.sweep)
         ring, m, n, bond = head.shape
         closing = head.permute(1, 2, 3, 0).reshape(m, n * bond * ring)
         outputs, inputs = math.prod(self._form.out_shape) // m, math.prod(self._form.in_shape) // n  # of the tail
 
         def run(part: Tensor) -> Tensor:
-            state = sweep_state(part.reshape(part.shape[0] * n, inputs, 1), groups, from_left)
+            state = sweep_state(part.reshape(part.shape[0] * n, inputs, 1), matrices, sweep)
             state = state.reshape(part.shape[0], n * bond, outputs, ring).transpose(2, 3)
             output: Tensor = closing @ state.reshape(part.shape[0], n * bond * ring, outputs)
             return output.flatten(1)  # rows, m and the outputs of the tail
@@ -130,7 +133,7 @@ class TRLinear(StructuredLinear):
         return torch.cat([run(part) for part in parts])
 
     def _matrix(self) -> Tensor:
-        return ring_matrix(list(self.cores))
+        return ring_matrix(list(self.cores), self._merging)
 
     def _squared_norm(self, rows: Box, columns: Box) -> Tensor:
         return squared_norm(list(self.cores), rows, columns)
@@ -162,10 +165,9 @@ class TRLinear(StructuredLinear):
         return spread(paying, multiple, CANDIDATES)
 
     @classmethod
-    def errors(cls, dense: nn.Module, ranks: Sequence[Rank], *, seed: int = 0, **options: Any) -> tuple[float, ...]:
-        """Return the relative error of the weight at each rank, decomposed at each; padding is left out."""
+    def _weight_errors(cls, form: Train, matrix: Tensor, ranks: Sequence[Rank], seed: int) -> tuple[float, ...]:
+        """Return the errors, decomposed at each rank; padding is left out."""
         del seed  # nothing is random
-        form, matrix = cls._form_of(dense, **options), finite_weight_of(cls, dense)
         whole = form.fold(matrix)
         total = float(whole.square().sum()) or 1.0
         errors = []
@@ -231,6 +233,7 @@ def _cut_after(shapes: tuple[Shape, ...], head: int, rows: int, training: bool) 
         sweep.fixed_macs + merging.fixed_macs,
         sweep.row_macs * columns + closing.row_macs * carried,
         sweep.score + closing.score + merging.score,
+        first.merge(0, head).order,
     )
 
 
@@ -242,12 +245,13 @@ def _rebuilt(shapes: tuple[Shape, ...], rows: int, training: bool) -> RingPlan:
     product = _product(math.prod(head.out_shape) * m, math.prod(head.in_shape) * n, rows, training)
     merging = _merging(head, training)
     fixed = merging.fixed_macs + closing.macs(ends)
-    return RingPlan(0, None, 0, fixed, product.row_macs, product.score + closing.score + merging.score)
+    score, order = product.score + closing.score + merging.score, head.merge(0, len(shapes) - 1).order
+    return RingPlan(0, None, 0, fixed, product.row_macs, score, order)
 
 
 def _merging(chain: Chain, training: bool) -> Sweep:
     """What merging all cores of a chain costs."""
-    joins = chain.joins(0, len(chain.out_shape))
+    joins = chain.merge(0, len(chain.out_shape)).joins
     scores = [_product(columns, bond, rows, training).score for rows, bond, columns in joins]
     return Sweep((), True, fixed_macs=sum(map(math.prod, joins)), score=sum(scores))
 
@@ -280,9 +284,9 @@ def open_tail(cores: Sequence[Tensor]) -> list[Tensor]:
     return [*opened, last.permute(0, 1, 3, 2).reshape(before, m * ring, n, 1)]
 
 
-def ring_matrix(cores: Sequence[Tensor]) -> Tensor:
-    """Return the padded weight of a ring (differentiable)."""
-    head, last = merge(cores[:-1]), cores[-1]
+def ring_matrix(cores: Sequence[Tensor], merging: Sequence[int]) -> Tensor:
+    """Return the padded weight of a ring, all cores but the last merged in an order (differentiable)."""
+    head, last = merge(cores[:-1], merging), cores[-1]
     ring, m, n, bond = head.shape
     _, p, q, _ = last.shape
     product = head.permute(1, 2, 3, 0).reshape(m * n, bond * ring) @ last.permute(0, 3, 1, 2).reshape(

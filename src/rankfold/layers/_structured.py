@@ -24,7 +24,8 @@ from rankfold.layers._build import (
     place,
     rescale_,
 )
-from rankfold.layers._contract import Call, Cost, Options, Rank
+from rankfold.layers._contract import Call, Cost, Metric, Options, Rank
+from rankfold.layers._metric import corrected_bias, group_metrics, measured_errors, output_error
 from rankfold.layers._ranks import below
 from rankfold.layers._tt_chain import PADDING, TYPICAL_MODE, Train, make_train
 from rankfold.layers._twin import TwinLayer
@@ -200,13 +201,44 @@ class StructuredLinear(TwinLayer):
         return Cost(params, sum(cls._macs(form, rank, math.prod(call.input[:-1])) for call in calls))
 
     @classmethod
-    def from_dense(cls, dense: nn.Module, *, rank: Rank, seed: int = 0, **options: Any) -> Self:
-        """Decompose the weight in float64; keeps options, dtype, device, mode and requires_grad."""
+    def errors(
+        cls, dense: nn.Module, ranks: Sequence[Rank], *, seed: int = 0, metric: Metric | None = None, **options: Any
+    ) -> tuple[float, ...]:
+        """Return the relative error of the weight at each rank; padding is left out.
+
+        In a metric it is that of the outputs, of the same cores: measured at a few ranks, interpolated between them.
+        """
+        form = cls._form_of(dense, **options)
+        for rank in ranks:
+            cls._shapes(form, rank)
+        if metric is None:
+            return cls._weight_errors(form, finite_weight_of(cls, dense), ranks, seed)
+
+        def error_at(rank: Rank) -> float:
+            small = cls.from_dense(dense, rank=rank, seed=seed, **options)
+            return output_error(cls, dense, small.weight, metric)
+
+        return measured_errors(ranks, error_at, cls._full(form))
+
+    @classmethod
+    @abstractmethod
+    def _weight_errors(cls, form: Train, matrix: Tensor, ranks: Sequence[Rank], seed: int) -> tuple[float, ...]:
+        """Return the relative error of the weight at each rank, known to fit."""
+
+    @classmethod
+    def from_dense(
+        cls, dense: nn.Module, *, rank: Rank, seed: int = 0, metric: Metric | None = None, **options: Any
+    ) -> Self:
+        """Decompose the weight in float64; keeps options, dtype, device, mode and requires_grad.
+
+        A metric corrects the bias; the cores are those of the weight.
+        """
         form, matrix = cls._form_of(dense, **options), finite_weight_of(cls, dense)
+        group_metrics(cls, dense, metric)  # checked before it is used
         layer = cls._hollow(dense, rank, None, options)
         for core, value in zip(layer.cores, cls._factors(form, matrix, rank, seed), strict=True):
             copy_(core, value)
-        copy_(layer.bias, getattr(dense, "bias", None))
+        copy_(layer.bias, corrected_bias(dense, layer.weight, metric))
         return layer
 
     @classmethod

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from rankfold.decompose import svd
 from rankfold.layers._build import Device, copy_, fill, finite_weight, fresh_bias_, place, take_over
-from rankfold.layers._contract import Call, Cost, FactorisedLayer, Options, Rank, Spectrum
+from rankfold.layers._contract import Call, Cost, FactorisedLayer, Metric, Options, Rank, Spectrum
 from rankfold.layers._linear import LowRankLinear
 from rankfold.layers._matrix import product_norm
+from rankfold.layers._metric import corrected_bias, group_metrics, measured_errors, output_error
 from rankfold.layers._ranks import check_rank
 from rankfold.layers._twin import TwinLayer
 from rankfold.layers._unfolding import folded, unfolded
@@ -192,10 +193,21 @@ class SVDForm(TwinLayer):
         """Return how often a call uses every weight of the dense layer."""
 
     @classmethod
-    def errors(cls, dense: nn.Module, ranks: Sequence[Rank], *, seed: int = 0, **options: Any) -> tuple[float, ...]:
-        """Return the relative error of the weight at each rank, from its singular values."""
+    def errors(
+        cls, dense: nn.Module, ranks: Sequence[Rank], *, seed: int = 0, metric: Metric | None = None, **options: Any
+    ) -> tuple[float, ...]:
+        """Return the relative error of the weight at each rank, from its singular values.
+
+        In a metric it is that of the outputs, of the same SVD: measured at a few ranks, interpolated between them.
+        """
         checked = [cls._checked(dense, rank, options) for rank in ranks]
-        return _plain(cls).errors(dense, checked, seed=seed, **options)
+        if metric is None:
+            return _plain(cls).errors(dense, checked, seed=seed, **options)
+
+        def error_at(rank: Rank) -> float:
+            return output_error(cls, dense, cls.from_dense(dense, rank=rank, **options).weight, metric)
+
+        return measured_errors(checked, error_at, cls.full_rank(dense, **options))
 
     @classmethod
     def spectra(cls, dense: nn.Module, **options: Any) -> tuple[Spectrum, ...]:
@@ -203,13 +215,25 @@ class SVDForm(TwinLayer):
         return _plain(cls).spectra(dense, **options)
 
     @classmethod
-    def from_dense(cls, dense: nn.Module, *, rank: Rank, seed: int = 0, **options: Any) -> Self:  # noqa: ARG003 - exact
-        """Take the SVD of the weight in float64; keeps options, dtype, device, mode and requires_grad."""
+    def from_dense(
+        cls,
+        dense: nn.Module,
+        *,
+        rank: Rank,
+        seed: int = 0,  # noqa: ARG003 - exact
+        metric: Metric | None = None,
+        **options: Any,
+    ) -> Self:
+        """Take the SVD of the weight in float64; keeps options, dtype, device, mode and requires_grad.
+
+        A metric corrects the bias; U, s and V are those of the weight.
+        """
+        group_metrics(cls, dense, metric)  # checked before it is used
         layer = cls._hollow(dense, rank, None, options)
         matrices = unfolded(finite_weight(cls, dense), groups=getattr(dense, "groups", 1), **options)
         parts = [_triplets_of(matrix, cls._checked(dense, rank, options)) for matrix in matrices]
         layer.write_triplets(*(torch.stack(list(part)) for part in zip(*parts, strict=True)))
-        copy_(layer.bias, getattr(dense, "bias", None))
+        copy_(layer.bias, corrected_bias(dense, layer.weight, metric))
         return layer
 
     @classmethod

@@ -188,13 +188,16 @@ def check_fillable(train: Train, rank: Rank) -> None:
         ) from error
 
 
-def decompose_(cores: Sequence[Tensor], train: Train, matrix: Tensor, rank: Rank) -> None:
-    """Fill cores with the TT-SVD of a weight, its scale spread evenly over them."""
-    chain = train.chain(rank)
-    found = tensor_train(train.fold(matrix), chain.ranks[1:-1], dtype=torch.float64).cores
-    norms = [float(torch.linalg.vector_norm(core)) for core in found]
+def decomposed(train: Train, matrix: Tensor, rank: Rank) -> Sequence[Tensor]:
+    """Return the cores of the TT-SVD of a weight."""
+    return tensor_train(train.fold(matrix), train.chain(rank).ranks[1:-1], dtype=torch.float64).cores
+
+
+def fill_cores_(cores: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Fill cores with those of a decomposition, its scale spread evenly over them."""
+    norms = [float(torch.linalg.vector_norm(core)) for core in values]
     mean = math.prod(norm ** (1 / len(norms)) for norm in norms)
-    for core, value, norm in zip(cores, found, norms, strict=True):
+    for core, value, norm in zip(cores, values, norms, strict=True):
         copy_(core, (value * (mean / norm if norm else 1.0)).reshape(core.shape))
 
 
@@ -213,9 +216,9 @@ def errors(train: Train, matrix: Tensor, ranks: Sequence[Rank]) -> tuple[float, 
     return tuple(found)
 
 
-def dense_matrix(cores: Sequence[Tensor], train: Train) -> Tensor:
+def dense_matrix(cores: Sequence[Tensor], train: Train, order: Sequence[int]) -> Tensor:
     """Return the matrix, `(lead, out, in)` where there is a lead, cut to its size (differentiable)."""
-    whole = merge(cores)[0, :, :, 0]
+    whole = merge(cores, order)[0, :, :, 0]
     if not train.lead:
         return whole[: train.out_size, : train.in_size]
     return whole.reshape(train.lead, -1, whole.shape[1])[:, : train.out_size, : train.in_size]

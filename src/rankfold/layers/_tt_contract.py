@@ -11,7 +11,6 @@ intermediate exceeds a bound; in a compiled or exported program, where the numbe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,30 +31,43 @@ def core_list(layer: nn.Module, count: int) -> list[Tensor]:
     return list(plain.values()) if len(plain) == count else list(held)  # a parametrised core is no parameter
 
 
-def merge(cores: Sequence[Tensor]) -> Tensor:
-    """Return neighbouring cores as one core (r, out, in, r'), grown from the side with the smaller bond."""
-    if len(cores) == 1:
-        return cores[0]
-    if cores[0].shape[0] <= cores[-1].shape[3]:
-        return _join(merge(cores[:-1]), cores[-1])
-    return _join(cores[0], merge(cores[1:]))
+def merge(cores: Sequence[Tensor], order: Sequence[int]) -> Tensor:
+    """Return neighbouring cores as one core (r, out, in, r'), by products in an order from `Chain.merge`."""
+    (core,) = _joined(cores, order)
+    return core
 
 
-def _join(left: Tensor, right: Tensor) -> Tensor:
+def _joined(cores: Sequence[Tensor], order: Sequence[int]) -> Sequence[Tensor]:
+    """What is left of the cores after some products."""
+    parts = list(cores)
+    for at in order:
+        product = _product(parts[at], parts[at + 1])
+        before, m, n, p, q, after = product.shape
+        parts[at : at + 2] = [product.permute(0, 1, 3, 2, 4, 5).reshape(before, m * p, n * q, after)]
+    return parts
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Two parts multiplied over their bond: r, m, n, p, q, r'."""
     before, m, n, bond = left.shape
     _, p, q, after = right.shape
-    product = left.reshape(-1, bond) @ right.reshape(bond, -1)  # r m n, p q r'
-    paired = product.reshape(before, m, n, p, q, after).permute(0, 1, 3, 2, 4, 5)  # r, m, p, n, q, r'
-    return paired.reshape(before, m * p, n * q, after)
+    return torch.mm(left.reshape(-1, bond), right.reshape(bond, -1)).reshape(before, m, n, p, q, after)
 
 
-def merge_groups(cores: Sequence[Tensor], sweep: Sweep) -> list[Tensor]:
-    """Return the merged core of each group of a sweep, in the dtype of autocast where it is on."""
-    groups = [cores[start] if stop - start == 1 else merge(cores[start:stop]) for start, stop in sweep.groups]
-    kind = groups[0].device.type
+def matrices_of(cores: Sequence[Tensor], sweep: Sweep) -> list[Tensor]:
+    """Return each group as the matrix that multiplies the state, in the order of use and the dtype of autocast."""
+    found, from_left = [], sweep.from_left
+    for start, stop, order, _, rows, inner, _ in sweep.turns:
+        if not order:
+            matrix = cores[start].permute(1, 3, 0, 2) if from_left else cores[start]  # m r', r n or r m, n r'
+        else:  # the last product is brought into the order of the matrix at once
+            product = _product(*_joined(cores[start:stop], order[:-1]))
+            matrix = product.permute(1, 3, 5, 0, 2, 4) if from_left else product.permute(0, 1, 3, 2, 4, 5)
+        found.append(matrix.reshape(rows, inner))
+    kind = found[0].device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):  # before the matrices are spread over a batch
-        return [group.to(torch.get_autocast_dtype(kind)) for group in groups]
-    return groups
+        return [matrix.to(torch.get_autocast_dtype(kind)) for matrix in found]
+    return found
 
 
 def contract(state: Tensor, cores: Sequence[Tensor], sweep: Sweep) -> Tensor:
@@ -69,12 +81,11 @@ def contract(state: Tensor, cores: Sequence[Tensor], sweep: Sweep) -> Tensor:
     Returns:
         (rows, product of out, columns).
     """
-    groups = merge_groups(cores, sweep)
 
-    def run(part: Tensor, *groups: Tensor) -> Tensor:
-        return sweep_state(part, groups, sweep.from_left)
+    def run(part: Tensor, *matrices: Tensor) -> Tensor:
+        return sweep_state(part, matrices, sweep)
 
-    return in_chunks(run, state, groups, chunk=sweep.chunk, recompute=sweep.recompute)
+    return in_chunks(run, state, matrices_of(cores, sweep), chunk=sweep.chunk, recompute=sweep.recompute)
 
 
 def in_chunks(
@@ -93,34 +104,24 @@ def in_chunks(
     return torch.cat([run(part, *shared) for part in torch.split(rows, chunk)])
 
 
-def sweep_state(state: Tensor, groups: Sequence[Tensor], from_left: bool) -> Tensor:
-    """Contract merged groups with a state (rows, r_0 times product of in) from one end to the other.
+def sweep_state(state: Tensor, matrices: Sequence[Tensor], sweep: Sweep) -> Tensor:
+    """Contract the matrices of a sweep with a state (rows, r_0 times product of in).
 
     Each row may carry columns along, as a third axis. The result is (rows, product of out), columns behind it.
     """
-    columns = state.shape[2:]
-    width = math.prod([*columns, *(group.shape[2] for group in groups)]) if from_left else math.prod(columns)
-    out = 1
-    for group in groups if from_left else reversed(groups):
-        before, m, n, after = group.shape
-        out *= m
-        if from_left:
-            width //= n
-            matrix = group.permute(1, 3, 0, 2).reshape(m * after, before * n)
-            state = _multiply(matrix, state, width)  # rows M, m r', N columns
-        else:
-            state = _multiply(group.reshape(before * m, n * after), state, width)  # rows N, r m, M columns
-            width *= m
-    return state.reshape(-1, out, *columns)
-
-
-def _multiply(matrix: Tensor, state: Tensor, width: int) -> Tensor:
-    """Multiply the state, seen as a batch of matrices of this width, with one matrix."""
-    if width == 1:
-        return functional.linear(state.reshape(-1, matrix.shape[1]), matrix)
-    state = state.reshape(-1, matrix.shape[1], width)
-    if torch.compiler.is_compiling():
-        return matrix @ state
-    if state.shape[0] == 1:
-        return matrix @ state[0]
-    return torch.bmm(matrix.expand(state.shape[0], -1, -1), state)  # matmul would copy the state to fold it
+    count, carried = state.shape[0], state.shape[2:]
+    columns = carried[0] if carried else 1
+    compiling = torch.compiler.is_compiling()
+    for matrix, (_, _, _, batch, rows, inner, width) in zip(matrices, sweep.turns, strict=True):
+        out = batch * rows * width
+        width *= columns
+        batch *= count
+        if width == 1:
+            state = functional.linear(state.reshape(-1, inner), matrix)
+        elif compiling:
+            state = matrix @ state.reshape(-1, inner, width)
+        elif batch == 1:
+            state = torch.mm(matrix, state.reshape(inner, width))
+        else:  # matmul would copy the state to fold it
+            state = torch.bmm(matrix.expand(batch, rows, inner), state.reshape(batch, inner, width))
+    return state.reshape(-1, out, *carried)

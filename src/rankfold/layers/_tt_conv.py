@@ -14,7 +14,7 @@ from rankfold.layers._build import Device, check_type, finite_weight, fresh_bias
 from rankfold.layers._contract import Call, Cost, Rank
 from rankfold.layers._conv import ConvShape, Size, convolve, dense_twin
 from rankfold.layers._tt_chain import Train, make_train
-from rankfold.layers._tt_contract import in_chunks, merge_groups, sweep_state
+from rankfold.layers._tt_contract import in_chunks, matrices_of, sweep_state
 from rankfold.layers._tt_conv_plan import ConvPlan, conv_plans, describe_conv, plan_conv
 from rankfold.layers._tt_layer import TTLayer
 from rankfold.layers._tt_order import BATCHES, Sweep, bucket
@@ -97,22 +97,21 @@ class TTConv(TTLayer):
         kernel = kernel.repeat(self.in_channels, *(1,) * (kernel.dim() - 1))  # in r, 1, kernel
         filtering = ConvShape.of(self)._replace(groups=self.in_channels)
 
-        def run(part: Tensor, kernel: Tensor, *groups: Tensor) -> Tensor:
+        def run(part: Tensor, kernel: Tensor, *matrices: Tensor) -> Tensor:
             part = convolve(part, kernel, None, filtering)  # batch, in r, space
             space = part.shape[2:]
             state = part.reshape(part.shape[0], self.in_channels, filters, -1)
             state = state.transpose(1, 2)  # batch, r, in, positions
             if self._padded:
                 state = functional.pad(state, (0, 0, 0, self._padded))
-            output = sweep_state(state.flatten(1, 2), groups, sweep.from_left)  # batch, out, positions
+            output = sweep_state(state.flatten(1, 2), matrices, sweep)  # batch, out, positions
             output = output[:, : self.out_channels]
             if self.bias is not None:
                 output = output + self.bias.unsqueeze(1).to(output.dtype)
             return output.reshape(output.shape[0], self.out_channels, *space)
 
-        groups = merge_groups(channels, sweep)
         chunk = 0 if torch.compiler.is_compiling() else plan.images(positions)
-        return in_chunks(run, maps, [kernel, *groups], chunk=chunk, recompute=plan.recompute)
+        return in_chunks(run, maps, [kernel, *matrices_of(channels, sweep)], chunk=chunk, recompute=plan.recompute)
 
     def plan(self, input: Sequence[int], training: bool | None = None) -> TTPlan:
         """Return how the layer is computed for the shape of an input, and what that costs.

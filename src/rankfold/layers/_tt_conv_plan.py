@@ -65,7 +65,7 @@ def plan_conv(
     spatial, filtered = chain.out_shape[0] * filters * sizes[1], filters * sizes[1]
     # the filtered maps are written, brought into order and read
     filtering = rows * (spatial / FILTERING + MOVE * 3 * filtered) + LAUNCH
-    merging, kernel = chain.merging(0, order), chain.out_shape[0] * sizes[0] * sizes[1]
+    merging, kernel = chain.merge(0, order).macs, chain.out_shape[0] * sizes[0] * sizes[1]
     rebuilding = 2 * merging / RATE + MOVE * 3 * kernel + LAUNCH * 3 * order
     rebuilt = rebuilding + rows * (kernel / CONVOLVING + MOVE * sum(sizes))
     chained = sweep.score / RATE + passes * filtering
@@ -126,7 +126,7 @@ def _describe_rebuilt(
     batch, rows, passes = size[0], math.prod(size), 3 if training else 1
     order = len(chain.out_shape)
     macs, kernel = plan.macs(rows), chain.core(0, order)
-    joined = [left * right for left, _, right in chain.joins(0, order)]
+    joined = chain.merge(0, order).made
     return TTPlan(
         rows=rows,
         training=training,

@@ -10,18 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.layers._build import Device, copy_, place, rescale_
-from rankfold.layers._contract import Options, Rank, Spectrum
+from rankfold.layers._contract import Metric, Options, Rank, Spectrum
+from rankfold.layers._metric import corrected_bias, group_metrics
 from rankfold.layers._tt_chain import (
     Train,
     balanced_options,
     check_fillable,
-    decompose_,
+    decomposed,
     dense_matrix,
     empty_cores,
     errors,
+    fill_cores_,
     fresh_cores_,
     squared_norm,
 )
+from rankfold.layers._tt_metric import errors_in_metric, train_in_metric
 from rankfold.layers._twin import TwinLayer
 
 if TYPE_CHECKING:
@@ -50,6 +53,7 @@ class TTLayer(TwinLayer):
     def _assemble(self, train: Train, rank: Rank, device: Device, dtype: torch.dtype | None) -> None:
         """Give the layer its cores, without values."""
         self._chain = train.chain(rank)
+        self._merging = self._chain.merge(0, len(self._chain.out_shape)).order
         self._train, self._rank = train, tuple(rank) if isinstance(rank, (tuple, list)) else rank
         self.cores = empty_cores(self._chain, device, dtype)
 
@@ -92,7 +96,7 @@ class TTLayer(TwinLayer):
         return getattr(self, "bias", None)
 
     def _matrix(self) -> Tensor:
-        return dense_matrix(list(self.cores), self._train)
+        return dense_matrix(list(self.cores), self._train, self._merging)
 
     @classmethod
     def variants(cls, dense: nn.Module) -> tuple[Options, ...]:
@@ -113,13 +117,23 @@ class TTLayer(TwinLayer):
         return train.rank_grid(multiple, train.out_size * train.in_size * max(train.lead, 1))
 
     @classmethod
-    def errors(cls, dense: nn.Module, ranks: Sequence[Rank], *, seed: int = 0, **options: Any) -> tuple[float, ...]:
-        """Return the relative error of the weight at each rank, measured on one TT-SVD that is rounded to each."""
+    def errors(
+        cls, dense: nn.Module, ranks: Sequence[Rank], *, seed: int = 0, metric: Metric | None = None, **options: Any
+    ) -> tuple[float, ...]:
+        """Return the relative error of the weight at each rank, measured on one TT-SVD that is rounded to each.
+
+        In a metric it is an estimate of the error of the outputs, a little above what `from_dense` reaches.
+        """
         del seed  # nothing is random
         train = cls._train_of(dense, **options)
         for rank in ranks:
             check_fillable(train, rank)
-        return errors(train, cls._matrix_of(dense), ranks)
+        groups = group_metrics(cls, dense, metric)
+        if metric is None:
+            return errors(train, cls._matrix_of(dense), ranks)
+        if not any(groups):  # nothing that changes reaches the outputs
+            return (0.0,) * len(ranks)
+        return errors_in_metric(train, cls._matrix_of(dense), ranks, groups, metric)
 
     @classmethod
     def spectra(cls, dense: nn.Module, **options: Any) -> tuple[Spectrum, ...]:
@@ -128,12 +142,25 @@ class TTLayer(TwinLayer):
         return ()
 
     @classmethod
-    def from_dense(cls, dense: nn.Module, *, rank: Rank, seed: int = 0, **options: Any) -> Self:
-        """Decompose the weight by TT-SVD in float64; keeps options, dtype, device, mode and requires_grad."""
+    def from_dense(
+        cls, dense: nn.Module, *, rank: Rank, seed: int = 0, metric: Metric | None = None, **options: Any
+    ) -> Self:
+        """Decompose the weight by TT-SVD in float64; keeps options, dtype, device, mode and requires_grad.
+
+        In a metric the cores are then solved for again, one after the other.
+        """
         del seed  # nothing is random
-        check_fillable(cls._train_of(dense, **options), rank)
-        matrix = cls._matrix_of(dense)
+        train = cls._train_of(dense, **options)
+        check_fillable(train, rank)
+        groups, matrix = group_metrics(cls, dense, metric), cls._matrix_of(dense)
         layer = cls._hollow(dense, rank, None, options)
-        decompose_(list(layer.cores), layer._train, matrix, rank)
-        copy_(layer._bias(), getattr(dense, "bias", None))
+        if metric is None or not any(groups) or train.chain(rank).ranks[1:-1] == train.full_bonds():
+            values = decomposed(train, matrix, rank)
+        else:
+            values = train_in_metric(train, matrix, rank, groups, metric)
+        fill_cores_(list(layer.cores), values)
+        if metric is not None:
+            copy_(layer._bias(), corrected_bias(dense, layer.weight, metric))  # type: ignore[arg-type]
+        else:
+            copy_(layer._bias(), getattr(dense, "bias", None))
         return layer

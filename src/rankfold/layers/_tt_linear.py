@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, final
 
 import torch
@@ -13,9 +14,9 @@ from torch.nn import functional
 from rankfold.layers._build import Device, check_type, finite_weight, fresh_bias_
 from rankfold.layers._contract import Call, Cost, Rank
 from rankfold.layers._tt_chain import Train, make_train
-from rankfold.layers._tt_contract import core_list, in_chunks, merge_groups, sweep_state
+from rankfold.layers._tt_contract import core_list, in_chunks, matrices_of, sweep_state
 from rankfold.layers._tt_layer import TTLayer
-from rankfold.layers._tt_order import BATCHES, bucket, plan_sweep
+from rankfold.layers._tt_order import BATCHES, Sweep, bucket, plan_sweep
 from rankfold.layers._tt_plan import TTPlan, checked_recompute, describe, pick, sweeps, wants_gradients
 
 
@@ -94,18 +95,22 @@ class TTLinear(TTLayer):
         rows = input if input.dim() == 2 else input.reshape(-1, self.in_features)
         cores = core_list(self, len(self._chain.out_shape))
         sweep = pick(self._plans, rows.shape[0], wants_gradients(cores))
-
-        def run(part: Tensor, *groups: Tensor) -> Tensor:
-            if self._padding:
-                part = functional.pad(part, (0, self._padding))
-            output = sweep_state(part, groups, sweep.from_left)  # rows, padded out
-            if self._surplus:
-                output = output[:, : self.out_features]
-            return output if self.bias is None else output + self.bias.to(output.dtype)  # autocast leaves it wide
-
-        groups = merge_groups(cores, sweep)
-        output = in_chunks(run, rows, groups, chunk=sweep.chunk, recompute=sweep.recompute)
+        matrices = matrices_of(cores, sweep)
+        if not sweep.recompute and (torch.compiler.is_compiling() or rows.shape[0] <= sweep.chunk):
+            output = self._swept(sweep, rows, *matrices)  # the usual call, without detours
+        else:
+            run = partial(self._swept, sweep)
+            output = in_chunks(run, rows, matrices, chunk=sweep.chunk, recompute=sweep.recompute)
         return output if input.dim() == 2 else output.reshape(*input.shape[:-1], self.out_features)
+
+    def _swept(self, sweep: Sweep, rows: Tensor, *matrices: Tensor) -> Tensor:
+        """Multiply the matrices of a sweep with rows of the input, and add the bias."""
+        if self._padding:
+            rows = functional.pad(rows, (0, self._padding))
+        output = sweep_state(rows, matrices, sweep)  # rows, padded out
+        if self._surplus:
+            output = output[:, : self.out_features]
+        return output if self.bias is None else output + self.bias.to(output.dtype)  # autocast leaves it wide
 
     def plan(self, batch: int, training: bool | None = None) -> TTPlan:
         """Return how the layer is computed for a number of rows, and what that costs.

@@ -2,17 +2,19 @@
 
 A sweep takes the cores, neighbours merged into groups `[i, j)`, from the left or from the right. Each group is one
 step, a batch of matrix products per row. One group of all cores is the dense matrix, two are merged halves, d the
-plain sweep of Novikov et al. (2015); the groups are the shortest path from 0 to d. The model counts the time of the
-products (short inner sizes and few columns are slow), what is moved, and calls; its constants fit float32 on one core
-with AVX-512. Only their ratios matter. `benchmarks/is_the_contraction_plan_right.py` checks it.
+plain sweep of Novikov et al. (2015); the groups are the shortest path from 0 to d. The cores of a group are merged by
+the fastest tree of products, as a chain of matrices is multiplied. The model counts the time of the products (short
+inner sizes and few columns are slow), what is moved, and calls; its constants fit float32 on one core with AVX-512.
+Only their ratios matter. `benchmarks/is_the_contraction_plan_right.py` checks it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -26,8 +28,8 @@ CHUNK = 2**19
 """Entries that an intermediate may have: rows are taken in chunks below it. A single row is never split."""
 
 # The cost model: multiply-adds in a second, and the seconds of a call, a small product of a batch, an entry moved
-# in cache, an entry moved beyond it or into fresh memory.
-RATE, LAUNCH, PRODUCT, MOVE, FETCH = 48e9, 5e-6, 6e-8, 1e-10, 1e-9
+# in cache, an entry moved beyond it or into fresh memory, an entry of a product larger than `LARGEST_MERGE`.
+RATE, LAUNCH, PRODUCT, MOVE, FETCH, BEYOND = 48e9, 5e-6, 6e-8, 1e-10, 1e-9, 1e-6
 
 TIE = 0.97
 """In training from the right only where that takes less than this share of the time: measured, the left wins ties."""
@@ -56,17 +58,59 @@ class Chain:
         sides = math.prod(self.out_shape[start:stop]) * math.prod(self.in_shape[start:stop])
         return self.ranks[start] * sides * self.ranks[stop]
 
-    def joins(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Return the products (rows, bond, columns) that `merge` makes of the cores `start` to `stop - 1`."""
-        if self.ranks[start] <= self.ranks[stop]:
-            grown = [(self.core(start, k), self.core(k, k + 1), self.ranks[k]) for k in range(start + 1, stop)]
-        else:
-            grown = [(self.core(k - 1, k), self.core(k, stop), self.ranks[k]) for k in range(start + 1, stop)]
-        return [(left // bond, bond, right // bond) for left, right, bond in grown]
+    def merge(self, start: int, stop: int) -> Merge:
+        """Return the fastest way to merge the cores `start` to `stop - 1`."""
+        return _merges(self)[start, stop]
 
-    def merging(self, start: int, stop: int) -> int:
-        """Return the multiply-adds of merging the cores `start` to `stop - 1` as `merge` does."""
-        return sum(math.prod(join) for join in self.joins(start, stop))
+
+@dataclass(frozen=True)
+class Merge:
+    """How neighbouring cores become one, product by product.
+
+    Attributes:
+        order: which of the parts that are left is joined with the next one.
+        joins: the products (rows, bond, columns).
+        seconds: the cost model's time.
+    """
+
+    order: tuple[int, ...] = ()
+    joins: tuple[tuple[int, int, int], ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds."""
+        return sum(map(math.prod, self.joins))
+
+    @property
+    def made(self) -> list[int]:
+        """Entries of each product."""
+        return [rows * columns for rows, _, columns in self.joins]
+
+
+@lru_cache(maxsize=4096)
+def _merges(chain: Chain) -> dict[Pair, Merge]:
+    """The fastest way to merge each range of cores: a dynamic programme over the place of the last product."""
+    count = len(chain.out_shape)
+    best = {(k, k + 1): Merge() for k in range(count)}
+    for length in range(2, count + 1):
+        for start in range(count - length + 1):
+            stop, ways = start + length, []
+            for k in range(start + 1, stop):
+                left, right, bond = best[start, k], best[k, stop], chain.ranks[k]
+                join = (chain.core(start, k) // bond, bond, chain.core(k, stop) // bond)
+                order = (*left.order, *(at + 1 for at in right.order), 0)  # the merged left is one part
+                seconds = left.seconds + right.seconds + _joining(*join)
+                ways.append(Merge(order, (*left.joins, *right.joins, join), seconds))
+            best[start, stop] = min(ways, key=lambda way: way.seconds)
+    return best
+
+
+def _joining(rows: int, bond: int, columns: int) -> float:
+    """Seconds of a product of two parts: what it makes is written, brought into order, read."""
+    made = rows * columns
+    slow = MOVE if made <= CHUNK else FETCH if made <= LARGEST_MERGE else BEYOND
+    return _product(rows, bond, columns) + 5 * LAUNCH + 3 * slow * made
 
 
 @dataclass(frozen=True)
@@ -146,6 +190,18 @@ def _product_of_batch(rows: int, inner: int, columns: int) -> float:
     return PRODUCT + macs / (RATE * rows / (rows + 4) * inner / (inner + 6) * wide)
 
 
+class Turn(NamedTuple):
+    """All that a call needs to know of a group: its cores, how they are merged, and its step for one column."""
+
+    start: int
+    stop: int
+    order: tuple[int, ...]
+    batch: int
+    rows: int
+    inner: int
+    columns: int
+
+
 @dataclass(frozen=True)
 class Sweep:
     """An order of contraction: groups of cores to merge, taken from the left or from the right.
@@ -158,6 +214,7 @@ class Sweep:
         fixed_macs: multiply-adds of merging, once per call.
         row_macs: multiply-adds per row and column.
         score: the cost model's time, in multiply-adds at the full rate.
+        turns: what is done with each group, in the order of use.
     """
 
     groups: tuple[Pair, ...]
@@ -167,6 +224,7 @@ class Sweep:
     fixed_macs: int = 0
     row_macs: int = 0
     score: float = 0.0
+    turns: tuple[Turn, ...] = ()
 
     def macs(self, rows: int) -> int:
         """Return the multiply-adds of a forward pass for a number of rows."""
@@ -208,9 +266,14 @@ def order_of(chain: Chain, groups: tuple[Pair, ...], from_left: bool, *, trainin
     steps = [Step.of(chain, group, from_left, columns) for group in groups]
     largest = max(step.largest(training) for step in steps)
     chunk = max(CHUNK // largest, 1) if len(groups) > 1 else 0
-    fixed = sum(chain.merging(*group) for group in groups)
+    fixed = sum(chain.merge(*group).macs for group in groups)
     macs = sum(step.macs for step in steps) // columns
-    return Sweep(groups, from_left, chunk, fixed_macs=fixed, row_macs=macs)
+    turns = [
+        Turn(*group, chain.merge(*group).order, step.batch, step.rows, step.inner, step.columns // columns)
+        for group, step in zip(groups, steps, strict=True)
+    ]
+    used = tuple(turns if from_left else turns[::-1])
+    return Sweep(groups, from_left, chunk, fixed_macs=fixed, row_macs=macs, turns=used)
 
 
 def _shortest(chain: Chain, rows: int, from_left: bool, training: bool, columns: int) -> Sweep:
@@ -221,12 +284,12 @@ def _shortest(chain: Chain, rows: int, from_left: bool, training: bool, columns:
         arrivals = [
             (best[start][0] + seconds(start, stop), (*best[start][1], (start, stop)))
             for start in range(stop)
-            if stop - start == 1 or chain.core(start, stop) <= LARGEST_MERGE
+            if stop - start == 1 or max(chain.merge(start, stop).made) <= LARGEST_MERGE
         ]
         best.append(min(arrivals))
     score, groups = best[-1]
     order = order_of(chain, groups, from_left, training=training, columns=columns)
-    return Sweep(groups, from_left, order.chunk, False, order.fixed_macs, order.row_macs, score * RATE)
+    return replace(order, score=score * RATE)
 
 
 def _seconds(chain: Chain, rows: int, from_left: bool, training: bool, columns: int) -> Callable[[int, int], float]:
@@ -234,11 +297,9 @@ def _seconds(chain: Chain, rows: int, from_left: bool, training: bool, columns: 
     passes = 3 if training else 1
 
     def cost(start: int, stop: int) -> float:
-        joins = chain.joins(start, stop)
-        made = [left * right for left, _, right in joins]  # written, brought into order, read
-        slow = FETCH if chain.core(start, stop) > CHUNK else MOVE
-        merging = sum(_product(*join) + 5 * LAUNCH for join in joins) + 3 * slow * sum(made)
-        if from_left:  # from the right the cores are used as they lie in memory
+        merging = chain.merge(start, stop).seconds
+        if from_left and stop - start == 1:  # from the right a core is used as it lies in memory
+            slow = FETCH if chain.core(start, stop) > CHUNK else MOVE
             merging += LAUNCH + 2 * slow * chain.core(start, stop)
         step = Step.of(chain, (start, stop), from_left, columns)
         return passes * (merging + LAUNCH) + step.seconds(rows, training)

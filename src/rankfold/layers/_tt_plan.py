@@ -114,7 +114,7 @@ def describe(chain: Chain, sweep: Sweep, rows: int, training: bool, itemsize: in
     steps, chunk = sweep.steps(chain, columns), min(sweep.chunk or rows, rows)
     chunks = -(-rows // chunk) if chunk else 0
     merged = [chain.core(*group) for group in sweep.groups]
-    joined = [left * right for group in sweep.groups for left, _, right in chain.joins(*group)]
+    joined = [made for group in sweep.groups for made in chain.merge(*group).made]
     states = [step.given for step in steps[:-1]]
     forward = sum(rows * (step.taken + step.given) for step in steps) + chunks * sum(merged) + 3 * sum(joined)
     scattered = 2 * rows * sum(step.scattered for step in steps)

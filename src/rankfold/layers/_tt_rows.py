@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -40,6 +40,7 @@ class RowPlan:
         fixed_macs: multiply-adds of merging, once per call.
         row_macs: multiply-adds per row.
         score: the cost model's estimate, in multiply-adds.
+        merges: the order of the products that merge each group, from `Chain.merge`.
     """
 
     groups: tuple[Pair, ...]
@@ -47,6 +48,7 @@ class RowPlan:
     fixed_macs: int
     row_macs: int
     score: float
+    merges: tuple[tuple[int, ...], ...] = field(repr=False)
 
     def macs(self, rows: int) -> int:
         """Return the multiply-adds for a number of rows."""
@@ -82,8 +84,15 @@ def _shortest(chain: Chain, rows: int, from_left: bool) -> RowPlan:
         ]
         best.append(min(arrivals))
     score, groups = best[order]
-    fixed = sum(chain.merging(*group) for group in groups)
-    return RowPlan(groups, from_left, fixed, sum(_row_macs(chain, group, from_left) for group in groups), score)
+    merges = [chain.merge(*group) for group in groups]
+    return RowPlan(
+        groups,
+        from_left,
+        sum(merge.macs for merge in merges),
+        sum(_row_macs(chain, group, from_left) for group in groups),
+        score,
+        tuple(merge.order for merge in merges),
+    )
 
 
 def _slice(chain: Chain, group: Pair) -> int:
@@ -104,7 +113,7 @@ def _score(chain: Chain, group: Pair, rows: int, from_left: bool) -> float:
     macs = _row_macs(chain, group, from_left)
     moved = chain.core(start, stop) + rows * _slice(chain, group)
     calls = LAUNCH * (stop - start + 1)
-    return chain.merging(start, stop) + MOVE * moved + rows * (macs + PRODUCT * (macs > 0)) + calls
+    return chain.merge(start, stop).macs + MOVE * moved + rows * (macs + PRODUCT * (macs > 0)) + calls
 
 
 def table_rows(cores: Sequence[Tensor], radices: Sequence[int], indices: Tensor, plan: RowPlan) -> Tensor:
@@ -120,11 +129,11 @@ def table_rows(cores: Sequence[Tensor], radices: Sequence[int], indices: Tensor,
         (rows, product of the dims).
     """
     slices = []
-    for start, stop in plan.groups:
+    for (start, stop), order in zip(plan.groups, plan.merges, strict=True):
         below = math.prod(radices[stop:])
         digits = torch.div(indices, below, rounding_mode="floor") if below > 1 else indices
         digits = digits % math.prod(radices[start:stop]) if start else digits
-        by_index = merge(cores[start:stop]).permute(2, 0, 1, 3).contiguous()  # radix, r, dim, r'
+        by_index = merge(cores[start:stop], order).permute(2, 0, 1, 3).contiguous()  # radix, r, dim, r'
         slices.append(by_index.index_select(0, digits))  # rows, r, dim, r'
     return (_from_left if plan.from_left else _from_right)(slices)
 

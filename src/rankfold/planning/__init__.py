@@ -1,29 +1,42 @@
 """Plans: what becomes of every layer of a model, decided before a single weight changes."""
 
 from rankfold.planning._blocks import block_difference, block_modules, fresh_block, is_block, stand_ins
+from rankfold.planning._budget import QUANTITIES, Budget, Measured
 from rankfold.planning._candidates import layer_seed, run
+from rankfold.planning._metrics import METRICS, check_stats
 from rankfold.planning._names import near, selected
-from rankfold.planning._plan import Budget, Choice, Plan
+from rankfold.planning._objectives import CALIBRATED, SQUARES
+from rankfold.planning._plan import Choice, Plan
 from rankfold.planning._refusals import layer_refusal, structural_refusals, without_values
 from rankfold.planning._rules import INITS, RULES, Init, Select
-from rankfold.planning._search import plan
+from rankfold.planning._search import candidates, plan, planned_metric
+from rankfold.planning._select import Candidates
 
 __all__ = [
+    "CALIBRATED",
     "INITS",
+    "METRICS",
+    "QUANTITIES",
     "RULES",
+    "SQUARES",
     "Budget",
+    "Candidates",
     "Choice",
     "Init",
+    "Measured",
     "Plan",
     "Select",
     "block_difference",
     "block_modules",
+    "candidates",
+    "check_stats",
     "fresh_block",
     "is_block",
     "layer_refusal",
     "layer_seed",
     "near",
     "plan",
+    "planned_metric",
     "run",
     "selected",
     "stand_ins",

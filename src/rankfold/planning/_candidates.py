@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 from torch import nn
 
 from rankfold._progress import track
+from rankfold._times import LayerTime
 from rankfold.errors import LayerError, PlanError, RankfoldError
-from rankfold.layers import Call, FactorisedLayer, Spectrum, layer_class, methods_for
-from rankfold.planning._plan import QUANTITIES, Choice, Rank
+from rankfold.layers import Call, FactorisedLayer, Metric, Spectrum, layer_class, methods_for
+from rankfold.planning._budget import QUANTITIES
+from rankfold.planning._plan import Choice, Rank
 from rankfold.ranks import energy, evbmf
 
 LEVELS = 512
@@ -38,6 +40,8 @@ class Job:
         multiple: what ranks are rounded to.
         seed: seed of the layer's decompositions.
         weightless: whether no weight is to be read: choices then have no error.
+        metric: what errors are measured in, None on the weights.
+        times: how long the layer takes and what could stand for it, where that was measured.
     """
 
     name: str
@@ -50,6 +54,8 @@ class Job:
     multiple: int
     seed: int
     weightless: bool = False
+    metric: Metric | None = None
+    times: LayerTime | None = None
 
 
 def layer_seed(name: str, seed: int) -> int:
@@ -85,10 +91,18 @@ def grid(job: Job) -> tuple[Choice, ...]:
 def energy_ladder(job: Job) -> tuple[Choice, ...]:
     """Return a choice per level of error, the same in every layer, from no error down to rank one.
 
-    At level k each singular-value spectrum keeps at least 1 - (k / LEVELS)^2 of its energy.
+    At level k each singular-value spectrum keeps at least 1 - (k / LEVELS)^2 of its energy. In another metric than
+    the weights the outputs do: the choice is the cheapest whose error is at most k / LEVELS.
     """
+    if job.metric is not None:
+        return _named(job, _error_ladder)
     keeps = [1 - (level / LEVELS) ** 2 for level in range(LEVELS)]
     return _named(job, lambda job: _ladder(job, lambda spectrum: [energy(spectrum.values, x) for x in keeps], LEVELS))
+
+
+def _error_ladder(job: Job) -> tuple[Choice, ...]:
+    ordered = sorted(_grid(job), key=lambda choice: share(choice, job.budgeted))
+    return tuple(next(c for c in ordered if (c.error or 0.0) <= level / LEVELS) for level in range(LEVELS + 1))
 
 
 def evbmf_ladder(job: Job) -> tuple[Choice, ...]:
@@ -120,7 +134,7 @@ def _named(job: Job, propose: Callable[[Job], tuple[Choice, ...]]) -> tuple[Choi
 def _grid(job: Job) -> tuple[Choice, ...]:
     found = [job.dense]
     for cls, options in variants_of(job):
-        ranks = cls.rank_grid(job.layer, multiple=job.multiple, **options)
+        ranks = _ranks(job, cls, options)
         choices = [choice for rank in ranks if pays(choice := _priced(job, cls, rank, options), job)]
         found += _with_errors(job, cls, options, choices)
     return tuple(found)
@@ -130,11 +144,20 @@ def _preferences(job: Job) -> tuple[Choice, ...]:
     ranked = []
     for cls, options in variants_of(job):
         full = cls.full_rank(job.layer, **options)
-        for rank in cls.rank_grid(job.layer, multiple=job.multiple, **options):
+        for rank in _ranks(job, cls, options):
             choice = _priced(job, cls, rank, options)
             if pays(choice, job):
                 ranked.append((job.methods.index(cls.method), -_kept(rank, full), choice.params or 0, choice))
     return (job.dense, *(choice for *_, choice in sorted(ranked, key=lambda entry: entry[:3])))
+
+
+def _ranks(job: Job, cls: type[FactorisedLayer], options: Options) -> tuple[Rank, ...]:
+    """Return the grid of ranks: for a budget on latency, where there are any, those at the end of a step of time."""
+    if "latency" in job.budgeted and job.times is not None:
+        multiple = math.lcm(job.multiple, job.times.grain(cls.method, options))
+        if snapped := cls.rank_grid(job.layer, multiple=multiple, **options):
+            return snapped
+    return cls.rank_grid(job.layer, multiple=job.multiple, **options)
 
 
 def _kept(rank: Rank, full: Rank) -> float:
@@ -174,8 +197,19 @@ def _rounded(ranks: tuple[int, ...], full: Rank, multiple: int) -> Rank:
 
 def _priced(job: Job, cls: type[FactorisedLayer], rank: Rank, options: Options) -> Choice:
     cost = cls.cost(job.layer, job.calls or (), rank=rank, **options)
-    macs = None if job.calls is None else cost.macs // job.batch_size
-    return replace(job.dense, method=cls.method, rank=rank, options=options, params=cost.params, macs=macs, error=None)
+    weight: Any = job.layer.weight
+    dense = job.dense
+    return replace(
+        dense,
+        method=cls.method,
+        rank=rank,
+        options=options,
+        params=cost.params,
+        macs=None if job.calls is None else cost.macs // job.batch_size,
+        bytes=(dense.bytes or 0) + (cost.params - (dense.params or 0)) * weight.element_size(),
+        latency=None if job.times is None else job.times.seconds(cls.method, options, rank),
+        error=None,
+    )
 
 
 def _with_errors(job: Job, cls: type[FactorisedLayer], options: Options, choices: list[Choice]) -> list[Choice]:
@@ -183,19 +217,21 @@ def _with_errors(job: Job, cls: type[FactorisedLayer], options: Options, choices
         return []
     ordered = sorted(choices, key=lambda choice: (choice.params or 0, choice.rank))
     ranks = [choice.rank for choice in ordered if choice.rank is not None]
-    errors = cls.errors(job.layer, ranks, seed=job.seed, **options)
+    measured = {} if job.metric is None else {"metric": job.metric}
+    errors = cls.errors(job.layer, ranks, seed=job.seed, **measured, **options)
     return [replace(choice, error=float(error)) for choice, error in zip(ordered, errors, strict=True)]
 
 
 def pays(choice: Choice, job: Job) -> bool:
-    """Tell whether a choice makes a budgeted quantity smaller and no known one larger.
+    """Tell whether a choice makes a budgeted quantity smaller, knows all of them, and makes no known one larger.
 
     A quantity that the dense layer has none of (the MACs of an embedding) may grow.
     """
     known = [(q, getattr(choice, q), getattr(job.dense, q)) for q in QUANTITIES if getattr(choice, q) is not None]
     budgeted = job.budgeted or ("params",)
     smaller = any(new < old for q, new, old in known if q in budgeted)
-    return smaller and all(new <= old or old == 0 for _, new, old in known)
+    priced = all(getattr(choice, q) is not None for q in job.budgeted)
+    return smaller and priced and all(new <= old or old == 0 for _, new, old in known)
 
 
 def share(choice: Choice, quantities: Sequence[str]) -> float:

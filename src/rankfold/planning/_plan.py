@@ -7,48 +7,19 @@ import inspect
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from rankfold.errors import BudgetError, PlanError
 from rankfold.layers import BLOCKS, TABLE
+from rankfold.planning._budget import QUANTITIES, Budget, Measured, check_amount, is_real
+from rankfold.planning._metrics import METRICS, WEIGHTS
 from rankfold.planning._names import near
+from rankfold.planning._objectives import CALIBRATED, OBJECTIVES, SQUARES, combined
+from rankfold.planning._print import plan_text
 
 Rank = int | tuple[int, ...]
-QUANTITIES = ("params", "macs")
 VERSION = 1
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Fractions of the whole model that a plan may keep.
-
-    Args:
-        params: parameters kept, 0 < x <= 1, or None for no limit.
-        macs: multiply-adds kept, 0 < x <= 1, or None for no limit.
-
-    Raises:
-        BudgetError: no limit at all, or a limit outside 0 < x <= 1.
-
-    Example:
-        >>> Budget(macs=0.5).limits
-        {'macs': 0.5}
-    """
-
-    params: float | None = None
-    macs: float | None = None
-
-    def __post_init__(self) -> None:
-        for quantity, share in self.limits.items():
-            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-                raise BudgetError(f"budget {quantity}={share!r} is not a fraction kept, 0 < {quantity} <= 1")
-        if not self.limits:
-            raise BudgetError("a budget limits params, macs or both, such as Budget(macs=0.5)")
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """The limits that are set, by quantity."""
-        return {quantity: getattr(self, quantity) for quantity in QUANTITIES if getattr(self, quantity) is not None}
 
 
 @dataclass(frozen=True)
@@ -61,13 +32,19 @@ class Choice:
         options: the layer's keyword arguments beside the rank, such as `{"split": "spatial"}`.
         params: parameters after the change, where known.
         macs: multiply-adds per sample after the change, where known.
-        error: predicted relative Frobenius error of the weight, where known.
+        error: predicted relative error in the metric, where known: of the weight (Frobenius) or of the outputs.
         reason: why the layer stays dense.
         dense_params: parameters of the dense layer, where known.
         dense_macs: multiply-adds per sample of the dense layer, where known.
+        damage: what the choice adds to the sum that the planner made small, where that is not the squared error.
+        metric: what the error is measured in, where that is not the plan's metric.
+        bytes: bytes of the saved layer after the change, where known.
+        dense_bytes: bytes of the saved dense layer, where known.
+        latency: seconds in one pass of the model after the change, where known.
+        dense_latency: seconds of the dense layer in one pass of the model, where known.
 
     Raises:
-        PlanError: an unknown method, a rank that is not an int >= 1, or a rank without a method to use it.
+        PlanError: an unknown method or metric, a rank that is not an int >= 1, or a rank without a method to use it.
     """
 
     method: str
@@ -79,24 +56,32 @@ class Choice:
     reason: str = ""
     dense_params: int | None = None
     dense_macs: int | None = None
+    damage: float | None = None
+    metric: str = ""
+    bytes: int | None = None
+    dense_bytes: int | None = None
+    latency: float | None = None
+    dense_latency: float | None = None
 
     def __post_init__(self) -> None:
         if self.method not in methods():
             raise PlanError(f"unknown method {self.method!r}: the methods are {', '.join(sorted(methods()))}")
         object.__setattr__(self, "rank", _checked_rank(self.method, self.rank))
         object.__setattr__(self, "options", _checked_options(self.method, self.options))
-        for name in ("params", "macs", "dense_params", "dense_macs"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 0):
-                raise PlanError(f"{name} of a choice is a whole number, not {value!r}")
-        if self.error is not None and not _is_error(self.error):
-            raise PlanError(f"error of a choice is a finite number >= 0, not {self.error!r}")
+        for name in (*QUANTITIES, *_TOTALS):
+            check_amount(name, getattr(self, name), "a choice")
+        for name in ("error", "damage"):
+            if getattr(self, name) is not None and not is_real(getattr(self, name)):
+                raise PlanError(f"{name} of a choice is a finite number >= 0, not {getattr(self, name)!r}")
+        if self.metric != "":
+            _check_word("metric", self.metric, METRICS)
         if not isinstance(self.reason, str):
             raise PlanError(f"reason of a choice is a text, not {self.reason!r}")
 
 
-def _is_error(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+def _check_word(what: str, word: Any, table: Mapping[str, Any]) -> None:
+    if not isinstance(word, str) or word not in table:
+        raise PlanError(f"unknown {what} {word!r}: there are {', '.join(table)}")
 
 
 @functools.cache
@@ -155,6 +140,11 @@ class Plan:
         budget: the budget the plan was made for, if any.
         dense_params: parameters of the dense model.
         dense_macs: multiply-adds per sample of the dense model, where they were measured.
+        metric: what the errors of the layers are measured in: "weights", "outputs", … (see `plan`).
+        objective: what sum over the layers the planner made small: "squares" of the errors, … (see `plan`).
+        dense_bytes: bytes of the saved dense model.
+        dense_latency: seconds of one pass of the dense model, where it was measured.
+        measured: the latency that the compressed model turned out to have, where that was tried.
 
     Example:
         >>> plan = Plan({"fc": Choice("svd", rank=4)})
@@ -166,19 +156,40 @@ class Plan:
     budget: Budget | None = None
     dense_params: int | None = None
     dense_macs: int | None = None
+    metric: str = WEIGHTS
+    objective: str = SQUARES
+    dense_bytes: int | None = None
+    dense_latency: float | None = None
+    measured: Measured | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", dict(self.layers))
+        _check_word("metric", self.metric, METRICS)
+        _check_word("objective", self.objective, OBJECTIVES)
 
     @property
     def params(self) -> int | None:
         """Predicted parameters of the whole model; None where a layer's are not known."""
-        return self._total("params")
+        total: int | None = self._total("params")
+        return total
 
     @property
     def macs(self) -> int | None:
         """Predicted multiply-adds per sample of the whole model; None where a layer's are not known."""
-        return self._total("macs")
+        total: int | None = self._total("macs")
+        return total
+
+    @property
+    def bytes(self) -> int | None:
+        """Predicted bytes of the saved model; None where a layer's are not known."""
+        total: int | None = self._total("bytes")
+        return total
+
+    @property
+    def latency(self) -> float | None:
+        """Promised seconds of one pass of the model; None where a layer's are not known."""
+        total: float | None = self._total("latency")
+        return total
 
     @property
     def error(self) -> float | None:
@@ -188,8 +199,20 @@ class Plan:
             return None
         return math.sqrt(sum(error**2 for error in errors if error) / max(1, len(errors)))
 
-    def _total(self, quantity: str) -> int | None:
-        total: int | None = getattr(self, f"dense_{quantity}")
+    @property
+    def output_error(self) -> float | None:
+        """Predicted relative error of the model's outputs; None where a layer's error is not known.
+
+        Each layer is taken to keep 1 - e^2 of the energy that reaches it: `sqrt(1 - prod(1 - e^2))`. In a calibrated
+        plan e is what was measured at the model's outputs with this layer alone changed, else the layer's own error.
+        """
+        changed = [choice for choice in self.layers.values() if choice.method != "dense"]
+        measured = self.objective == CALIBRATED
+        squares = [c.damage if measured else c.error and c.error**2 for c in changed]
+        return None if None in squares else combined(square or 0.0 for square in squares)
+
+    def _total(self, quantity: str) -> Any:
+        total: Any = getattr(self, f"dense_{quantity}")
         for choice in self.layers.values():
             if choice.method == "dense":
                 continue
@@ -208,7 +231,7 @@ class Plan:
         if name not in self.layers:
             raise PlanError(f"the plan has no layer {name!r}{near(name, self.layers)}")
         before = self.layers[name]
-        known = {key: getattr(before, key) for key in ("dense_params", "dense_macs") if getattr(choice, key) is None}
+        known = {key: getattr(before, key) for key in _TOTALS if getattr(choice, key) is None}
         return replace(self, layers={**self.layers, name: replace(choice, **known)})
 
     def to_json(self) -> str:
@@ -217,6 +240,9 @@ class Plan:
         if self.budget is not None:
             head["budget"] = self.budget.limits
         head |= {key: value for key in _TOTALS if (value := getattr(self, key)) is not None}
+        if self.measured is not None:
+            head["measured"] = asdict(self.measured)
+        head |= {key: value for key, usual in _WORDS.items() if (value := getattr(self, key)) != usual}
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
         rows = [f"  {json.dumps(name)}: {json.dumps(_choice_data(choice))}" for name, choice in self.layers.items()]
         return "{" + ",\n ".join([*lines, '"layers": {\n' + ",\n".join(rows) + "}"]) + "}\n"
@@ -231,27 +257,29 @@ class Plan:
         data = _load(text)
         if data.get("rankfold") != VERSION or isinstance(data["rankfold"], bool):
             raise PlanError(f"a plan of version {data.get('rankfold')!r} cannot be read: this is version {VERSION}")
-        _only_keys(data, {"rankfold", "budget", "layers", *_TOTALS}, "the plan")
+        _only_keys(data, {"rankfold", "budget", "layers", "measured", *_TOTALS, *_WORDS}, "the plan")
         if not isinstance(data.get("layers"), dict):
             raise PlanError('a plan has an object "layers" with one entry per layer')
         for key in _TOTALS:
-            if data.get(key) is not None and (type(data[key]) is not int or data[key] < 0):
-                raise PlanError(f"{key} of a plan is a whole number, not {data[key]!r}")
+            check_amount(key, data.get(key), "a plan")
         layers = {name: _read_choice(name, choice) for name, choice in data["layers"].items()}
-        return cls(layers, _read_budget(data.get("budget")), *(data.get(key) for key in _TOTALS))
+        rest: dict[str, Any] = {key: data.get(key) for key in _TOTALS}
+        rest |= {key: data.get(key, usual) for key, usual in _WORDS.items()}
+        return cls(layers, _read_budget(data.get("budget")), measured=_read_measured(data.get("measured")), **rest)
 
     def __str__(self) -> str:
         """Return the plan as an aligned table with its totals."""
-        rows = [_row(name or "(model)", choice) for name, choice in self.layers.items()]
-        table = [_HEADINGS, *rows]
-        widths = [max(len(row[k]) for row in table) for k in range(len(_HEADINGS))]
-        lines = ["  ".join(map(_pad, row, widths, _RIGHT)).rstrip() for row in table]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([*lines, "", *_totals(self)])
+        return plan_text(self)
 
 
-_TOTALS = ("dense_params", "dense_macs")
-_FIELDS = ("params", "macs", "error", "reason", "dense_params", "dense_macs")
+_TOTALS = tuple(f"dense_{quantity}" for quantity in QUANTITIES)
+_WORDS = {"metric": WEIGHTS, "objective": SQUARES}  # written where they are others
+_FIELDS = ("params", "macs", "error", "reason", "dense_params", "dense_macs", "damage", "metric") + (
+    "bytes",
+    "dense_bytes",
+    "latency",
+    "dense_latency",
+)
 
 
 def _choice_data(choice: Choice) -> dict[str, Any]:
@@ -297,64 +325,21 @@ def _read_budget(data: Any) -> Budget | None:
         raise PlanError(f"the plan's budget is unusable: {error}") from error
 
 
+def _read_measured(data: Any) -> Measured | None:
+    if data is None:
+        return None
+    names = {field.name for field in fields(Measured)}
+    if not isinstance(data, dict) or data.keys() != names:
+        raise PlanError(f"a measured latency is an object of {', '.join(sorted(names))}, not {data!r:.80}")
+    return Measured(**data)
+
+
 def _read_choice(name: str, data: Any) -> Choice:
     if not isinstance(data, dict) or not isinstance(data.get("method"), str):
         raise PlanError(f'layer {name!r} of the plan is an object with a "method", not {data!r:.80}')
-    fields = {key: value for key, value in data.items() if key in ("method", "rank", *_FIELDS)}
-    options = {key: value for key, value in data.items() if key not in fields}
+    known = {key: value for key, value in data.items() if key in ("method", "rank", *_FIELDS)}
+    options = {key: value for key, value in data.items() if key not in known}
     try:
-        return Choice(**fields, options=options)
+        return Choice(**known, options=options)
     except PlanError as error:
         raise PlanError(f"layer {name!r} of the plan: {error}") from error
-
-
-_HEADINGS = ("layer", "method", "rank", "params", "MACs", "error", "reason")
-_RIGHT = (False, False, True, True, True, True, False)
-
-
-def _pad(text: str, width: int, right: bool) -> str:
-    return text.rjust(width) if right else text.ljust(width)
-
-
-def _row(name: str, choice: Choice) -> tuple[str, ...]:
-    options = ",".join(_option_text(*item) for item in choice.options.items())
-    method = f"{choice.method}({options})" if options else choice.method
-    rank = choice.rank if isinstance(choice.rank, tuple) else (choice.rank,)
-    return (
-        name,
-        method,
-        "-" if choice.rank is None else "x".join(map(str, rank)),
-        _change(choice, "params"),
-        _change(choice, "macs"),
-        "-" if choice.error is None else f"{choice.error:.4f}",
-        choice.reason,
-    )
-
-
-def _option_text(name: str, value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"{name}={'x'.join(map(str, value))}"
-    return value if isinstance(value, str) else f"{name}={value}"
-
-
-def _change(choice: Choice, quantity: str) -> str:
-    new, old = getattr(choice, quantity), getattr(choice, f"dense_{quantity}")
-    if choice.method == "dense":
-        new = old if new is None else new
-        return _number(new)
-    return f"{_number(old)} -> {_number(new)}"
-
-
-def _number(value: int | None) -> str:
-    return "?" if value is None else f"{value:,}"
-
-
-def _totals(plan: Plan) -> list[str]:
-    lines = []
-    for label, new, old in (("params", plan.params, plan.dense_params), ("MACs", plan.macs, plan.dense_macs)):
-        if old is not None:
-            share = f" ({new / old:.1%} kept)" if new is not None and old else ""
-            lines.append(f"{label}: {_number(old)} -> {_number(new)}{share}")
-    changed = sum(choice.method != "dense" for choice in plan.layers.values())
-    error = "unknown" if plan.error is None else f"{plan.error:.4f} (root mean square over layers)"
-    return [*lines, f"error: {error}", f"layers: {changed} of {len(plan.layers)} factorised"]

@@ -17,9 +17,9 @@ from rankfold.ranks import allocate
 GAP = 1e-4
 Init = Literal["decompose", "random"]
 INITS: tuple[Init, ...] = get_args(Init)
-Candidates = Mapping[str, Sequence[Choice]]
-Limits = Mapping[str, int]
-Select = Callable[[Candidates, Limits], Mapping[str, Choice]]
+Choices = Mapping[str, Sequence[Choice]]
+Limits = Mapping[str, float]
+Select = Callable[[Choices, Limits], Mapping[str, Choice]]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Rule:
     """A rank rule.
 
     Attributes:
+        name: what it is called in an error.
         propose: one layer's job to its candidates.
         select: every layer's candidates and the limits on their sums to one choice per layer. Where
             nothing is within the limits it returns the cheapest, and the planner raises the error.
@@ -34,26 +35,34 @@ class Rule:
         needs_weights: whether it chooses by the errors or the spectra of the weights.
     """
 
+    name: str
     propose: Callable[[Job], tuple[Choice, ...]]
     select: Select
     needs_budget: bool
     needs_weights: bool
 
 
-def optimal(candidates: Candidates, limits: Limits) -> dict[str, Choice]:
-    """Select the choices with the least sum of squared relative errors, a multiple-choice knapsack, up to GAP."""
+def optimal(candidates: Choices, limits: Limits) -> dict[str, Choice]:
+    """Select the choices with the least sum of damages, a multiple-choice knapsack, up to GAP.
+
+    The damage of a choice is its squared relative error where the objective is no other.
+    """
     quantities = list(limits)
     costs = [costs_of(choices, quantities) for choices in candidates.values()]
-    damages = [np.array([(choice.error or 0.0) ** 2 for choice in choices]) for choices in candidates.values()]
+    damages = [np.array([_damage(choice) for choice in choices]) for choices in candidates.values()]
     try:
         indices = allocate(costs, damages, [float(limits[q]) for q in quantities], gap=GAP).indices
     except BudgetError:
-        scale = np.array([max(1, limits[q]) for q in quantities])
+        scale = _units(np.array([limits[q] for q in quantities]))
         indices = tuple(int((cost / scale).sum(axis=1).argmin()) for cost in costs)
     return {name: choices[k] for (name, choices), k in zip(candidates.items(), indices, strict=True)}
 
 
-def uniform(candidates: Candidates, limits: Limits) -> dict[str, Choice]:
+def _damage(choice: Choice) -> float:
+    return (choice.error or 0.0) ** 2 if choice.damage is None else choice.damage
+
+
+def uniform(candidates: Choices, limits: Limits) -> dict[str, Choice]:
     """Select in every layer the best choice within the same share of its dense cost, as large as the limits allow."""
     shares = np.arange(LEVELS, -1, -1) / LEVELS
     return same_level({name: _within(choices, shares, limits) for name, choices in candidates.items()}, limits)
@@ -71,14 +80,19 @@ def _within(choices: Sequence[Choice], shares: np.ndarray, limits: Limits) -> li
     return [ordered[k] for k in np.where(fits.any(axis=1), fits.argmax(axis=1), kept.argmin())]
 
 
-def same_level(candidates: Candidates, limits: Limits) -> dict[str, Choice]:
+def same_level(candidates: Choices, limits: Limits) -> dict[str, Choice]:
     """Select the first level, the same in every layer, whose sums are within the limits; else the cheapest."""
     quantities = list(limits)
     allowed = np.array([limits[q] for q in quantities])
     totals = sum((costs_of(choices, quantities) for choices in candidates.values()), start=np.zeros((1, 1)))
     fits = (totals <= allowed).all(axis=1)
-    level = int(fits.argmax()) if fits.any() else int((totals / np.maximum(1, allowed)).sum(axis=1).argmin())
+    level = int(fits.argmax()) if fits.any() else int((totals / _units(allowed)).sum(axis=1).argmin())
     return {name: choices[level] for name, choices in candidates.items()}
+
+
+def _units(limits: np.ndarray) -> np.ndarray:
+    """Return what to count each quantity in: its limit, where there is one to compare with."""
+    return np.where(limits > 0, limits, 1)
 
 
 def costs_of(choices: Sequence[Choice], quantities: Sequence[str]) -> np.ndarray:
@@ -87,10 +101,10 @@ def costs_of(choices: Sequence[Choice], quantities: Sequence[str]) -> np.ndarray
 
 
 RULES: Mapping[str, Rule] = {
-    "optimal": Rule(grid, optimal, needs_budget=True, needs_weights=True),
-    "uniform": Rule(grid, uniform, needs_budget=True, needs_weights=False),
-    "energy": Rule(energy_ladder, same_level, needs_budget=True, needs_weights=True),
-    "evbmf": Rule(evbmf_ladder, same_level, needs_budget=False, needs_weights=True),
+    "optimal": Rule("optimal", grid, optimal, needs_budget=True, needs_weights=True),
+    "uniform": Rule("uniform", grid, uniform, needs_budget=True, needs_weights=False),
+    "energy": Rule("energy", energy_ladder, same_level, needs_budget=True, needs_weights=True),
+    "evbmf": Rule("evbmf", evbmf_ladder, same_level, needs_budget=False, needs_weights=True),
 }
 
 
@@ -101,7 +115,7 @@ def rule_of(rule: str | Select) -> Rule:
         PlanError: no rule of this name.
     """
     if callable(rule):
-        return Rule(grid, rule, needs_budget=False, needs_weights=False)
+        return Rule("given", grid, rule, needs_budget=False, needs_weights=False)
     if rule not in RULES:
         raise PlanError(f"unknown rule {rule!r}: the rules are {', '.join(RULES)}, or a function")
     return RULES[rule]

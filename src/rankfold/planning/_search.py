@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
-from rankfold.errors import BudgetError, PlanError
-from rankfold.layers import BLOCKS, methods_for, refusal, stock_twin
+from rankfold.errors import PlanError
+from rankfold.layers import BLOCKS, Metric, methods_for, refusal, stock_twin
+from rankfold.planning._budget import QUANTITIES, Budget
 from rankfold.planning._candidates import Job, layer_seed, run
+from rankfold.planning._metrics import AUTO, WEIGHTS, check_stats, layer_metric, metric_name, signal
 from rankfold.planning._names import selected
-from rankfold.planning._plan import Budget, Choice, Plan, methods
+from rankfold.planning._objectives import CALIBRATED, LOSS, OBJECTIVES, SQUARES
+from rankfold.planning._plan import Choice, Plan, methods
 from rankfold.planning._refusals import layer_refusal, structural_refusals, without_values
 from rankfold.planning._rules import INITS, RULES, Init, Rule, Select, rule_of
-from rankfold.stats import Stats, count_params, walk
-
-KEPT = "dense is the rule's choice within this budget"
-SHOWN = 3  # so many layers that stand in the way of a budget are put in an error
-UNPAID = "no rank of {} costs less than the layer itself"
+from rankfold.planning._select import Candidates
+from rankfold.stats import Stats, count_bytes, count_params, walk
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,12 @@ class _Request:
     """How to look for candidates, once checked."""
 
     methods: tuple[str, ...]
-    limits: Mapping[str, float]
+    quantities: tuple[str, ...]
     multiple: int
     seed: int
     weightless: bool
+    metric: str
+    objective: str
 
 
 def plan(  # noqa: PLR0913
@@ -46,24 +49,29 @@ def plan(  # noqa: PLR0913
     multiple: int = 1,
     seed: int = 0,
     executor: Executor | None = None,
+    metric: str = AUTO,
+    objective: str = SQUARES,
 ) -> Plan:
     """Choose method and rank for every layer of a model within a budget; the model is not changed.
 
-    Rule "optimal" minimises sum_l e_l^2 over one choice per layer l, e_l the relative Frobenius error of
-    its weight, subject to the budget on the whole model, to a proven gap of at most 1e-4 of the sum;
-    leaving a layer dense is always a choice. A choice must make a budgeted quantity of its layer smaller
-    and no measured one larger. The sum is a proxy: it takes layers as independent and equally important.
+    Rule "optimal" minimises sum_l e_l^2 over one choice per layer l, e_l the relative error of its outputs
+    (with statistics of data) or of its weight, subject to the budget on the whole model, to a proven gap of at
+    most 1e-4 of the sum; leaving a layer dense is always a choice. A choice must make a budgeted quantity of its
+    layer smaller and no measured one larger. The sum is a proxy: it takes layers as independent.
 
     Args:
         model: any module. Layers that can't be replaced are named in the plan with the reason.
         budget: fractions of the whole model to keep. Only rule "evbmf" or a function goes without.
         stats: from `measure`; needed for a budget on MACs. Without it no MACs are predicted, and layers
-            whose weight a parent reads directly can't be told from the others.
+            whose weight a parent reads directly can't be told from the others. With moments=True it also says
+            what the inputs of the layers are like, and from `rankfold.timings.time_layers` how long they take: needed
+            for a budget on latency.
         methods: which methods may be mixed: "svd", "cp", "tucker", "tt".
         rule: "optimal"; "uniform", the same share of cost in every layer; "energy", the same share of the
-            squared singular values in every layer; "evbmf", the ranks of empirical variational Bayes, weakened
-            by one factor to meet the budget; or a function of the candidates per layer name (dense the first)
-            and of the limits on their sums, that returns a choice per name.
+            squared singular values in every layer, in another metric than the weights the same error; "evbmf", the
+            ranks of empirical variational Bayes on the weights, weakened by one factor to meet the budget; or a
+            function of the candidates per layer name (dense the first) and of the limits on their sums, that
+            returns a choice per name.
         init: what the plan is for, as in `apply`: to "decompose" the weights, or to train from scratch. With
             "random" no weight is read, whatever its values or its device, and no error is predicted: only rule
             "uniform" or a function goes with it. "uniform" then takes, within a share, the first of `methods` that
@@ -73,15 +81,24 @@ def plan(  # noqa: PLR0913
         multiple: round ranks to multiples of this.
         seed: seed of whatever is random in a decomposition.
         executor: decompose layers in parallel in this executor's workers; the result is the same.
+        metric: what errors are measured in, by `apply` too: "weights"; "outputs", the outputs on the data (centred
+            where there is a bias, which takes up the mean); "fisher", the outputs weighted by the gradients of a loss;
+            or as published: "fwsvd" (weights, rows by gradients), "asvd" (inputs scaled each alone by
+            (E x^2)^(1/4), the square root of their size), "whitening" (second moment of the inputs, no bias, as
+            SVD-LLM); "auto": "outputs" where stats has moments, else "weights". A layer whose inputs are not in the
+            statistics, an embedding say, is planned on its weight, and its choice says so.
+        objective: the sum over layers that "optimal" makes small: "squares" of the errors; "energy", of
+            -log(1 - e^2); "loss", of what e^2 may change the loss by (needs metric="fisher").
 
     Raises:
         BudgetError: the budget can't be met; says the closest value that can.
-        PlanError: an unknown method, rule or name; statistics of another model; a rule that reads weights
-            with init="random".
+        PlanError: an unknown method, rule, metric, objective or name; statistics of another model, or without
+            what the metric needs; a rule that reads weights with init="random".
         LayerError: a weight holds NaN or Inf.
 
     References:
-        Kim et al. 2016 (EVBMF ranks); Gusak et al. 2019 (MUSCO, weakened ranks).
+        Kim et al. 2016 (EVBMF ranks); Gusak et al. 2019 (MUSCO, weakened ranks); Zhang et al. 2015 (energies);
+        Hsu et al. 2022 (FWSVD); Yuan et al. 2023 (ASVD); Wang et al. 2024 (SVD-LLM).
 
     Example:
         >>> import torch
@@ -90,22 +107,86 @@ def plan(  # noqa: PLR0913
         >>> found.params <= 0.5 * found.dense_params
         True
     """
-    chosen = rule_of(rule)
-    if budget is None and chosen.needs_budget:
+    if budget is None and rule_of(rule).needs_budget:
         raise PlanError(f"rule {rule!r} needs a budget, such as budget=Budget(params=0.5)")
+    found = candidates(
+        model,
+        quantities=tuple(budget.limits) if budget else (),
+        stats=stats,
+        methods=methods,
+        rule=rule,
+        init=init,
+        include=include,
+        exclude=exclude,
+        multiple=multiple,
+        seed=seed,
+        executor=executor,
+        metric=metric,
+        objective=objective,
+    )
+    return found.plan(budget)
+
+
+def candidates(  # noqa: PLR0913
+    model: nn.Module,
+    *,
+    quantities: str | Sequence[str] = ("params",),
+    stats: Stats | None = None,
+    methods: str | Sequence[str] = ("svd", "tucker"),
+    rule: str | Select = "optimal",
+    init: Init = "decompose",
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    multiple: int = 1,
+    seed: int = 0,
+    executor: Executor | None = None,
+    metric: str = AUTO,
+    objective: str = SQUARES,
+) -> Candidates:
+    """Return what every layer of a model could become, with cost and error: `.plan(budget)` then is quick.
+
+    Args:
+        model: as in `plan`.
+        quantities: what the budgets will limit: "params", "macs" or both.
+        stats: as in `plan`.
+        methods: as in `plan`.
+        rule: as in `plan`.
+        init: as in `plan`.
+        include: as in `plan`.
+        exclude: as in `plan`.
+        multiple: as in `plan`.
+        seed: as in `plan`.
+        executor: as in `plan`.
+        metric: as in `plan`.
+        objective: as in `plan`.
+
+    Raises:
+        PlanError: as `plan` does.
+        LayerError: a weight holds NaN or Inf.
+    """
+    chosen = rule_of(rule)
+    limited = (quantities,) if isinstance(quantities, str) else tuple(quantities)
     weightless = _weightless(model, rule, chosen, init)
-    request = _checked(methods, budget, stats, multiple, seed, weightless=weightless)
+    metric = _metric(metric, stats, weightless=weightless)
+    request = _Request(_methods(methods), limited, multiple, seed, weightless, metric, objective)
+    _check(request, stats)
     layers = dict(walk(model))
-    _check_stats(layers, stats)
+    check_stats(layers, stats)
     dense = _dense_choices(model, layers, stats, request, (include, exclude))
     jobs = [_job(name, layers[name], choice, stats, request) for name, choice in dense.items() if not choice.reason]
-    found = run(chosen.propose, jobs, executor=executor, description="Decomposing layers")
-    candidates = {job.name: choices for job, choices in zip(jobs, found, strict=True)}
-    whole = Plan(dense, budget, count_params(model), stats.macs if stats else None)
-    choices = _selected(chosen.select, candidates, _limits(whole, candidates))
-    result = replace(whole, layers={**dense, **_explained(choices, candidates, request.methods)})
-    _refuse_excess(result, rule if isinstance(rule, str) else "given")
-    return result
+    proposed = run(chosen.propose, jobs, executor=executor, description="Decomposing layers")
+    found = {job.name: _weighed(job, choices, request) for job, choices in zip(jobs, proposed, strict=True)}
+    whole = Plan(
+        dense,
+        None,
+        count_params(model),
+        stats.macs if stats else None,
+        metric=request.metric,
+        objective=objective,
+        dense_bytes=count_bytes(model),
+        dense_latency=stats.times.whole if stats and stats.times else None,
+    )
+    return Candidates(found, whole, chosen, request.methods, limited)
 
 
 def _weightless(model: nn.Module, name: str | Select, rule: Rule, init: Init) -> bool:
@@ -118,43 +199,43 @@ def _weightless(model: nn.Module, name: str | Select, rule: Rule, init: Init) ->
     return init == "random" or (not rule.needs_weights and all(p.is_meta for p in model.parameters()))
 
 
-def _checked(
-    names: str | Sequence[str],
-    budget: Budget | None,
-    stats: Stats | None,
-    multiple: int,
-    seed: int,
-    *,
-    weightless: bool,
-) -> _Request:
+def _metric(metric: str, stats: Stats | None, *, weightless: bool) -> str:
+    if weightless and metric in (AUTO, WEIGHTS):
+        return WEIGHTS
+    if weightless:
+        raise PlanError(f"metric {metric!r} measures errors, and there are none where no weight is read: leave it out")
+    return metric_name(metric, stats)
+
+
+def _methods(names: str | Sequence[str]) -> tuple[str, ...]:
     names = (names,) if isinstance(names, str) else tuple(names)
     known = sorted(methods() - {"dense", *BLOCKS})  # a block has no layer of its own to plan
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise PlanError(f"unknown method {unknown[0] if unknown else names!r}: the methods are {', '.join(known)}")
-    if type(multiple) is not int or multiple < 1:
-        raise PlanError(f"multiple={multiple!r} is not a whole number >= 1")
-    limits = budget.limits if budget else {}
-    if "macs" in limits and stats is None:
+    return names
+
+
+def _check(request: _Request, stats: Stats | None) -> None:
+    if type(request.multiple) is not int or request.multiple < 1:
+        raise PlanError(f"multiple={request.multiple!r} is not a whole number >= 1")
+    unknown = [quantity for quantity in request.quantities if quantity not in QUANTITIES]
+    if unknown:
+        raise PlanError(f"unknown quantity {unknown[0]!r}: a budget limits {', '.join(QUANTITIES)}")
+    if "macs" in request.quantities and stats is None:
         raise PlanError("a budget on MACs needs stats=measure(model, example=…): MACs depend on the input")
-    if "macs" in limits and stats is not None and not stats.macs:
+    if "macs" in request.quantities and stats is not None and not stats.macs:
         raise PlanError("a budget on MACs means nothing here: the model did none on its example")
-    return _Request(names, limits, multiple, seed, weightless)
-
-
-def _check_stats(layers: Mapping[str, nn.Module], stats: Stats | None) -> None:
-    """Raise where statistics are of another model."""
-    if stats is None:
-        return
-    for name, layer in layers.items():
-        if name not in stats.layers:
-            raise PlanError(f"the statistics are of another model: they have no layer {name!r}; measure this one")
-        seen = stats.layers[name]
-        if (seen.kind, seen.params) != (type(layer).__name__, count_params(layer)):
-            raise PlanError(
-                f"the statistics are of another model: layer {name!r} was a {seen.kind} with {seen.params} parameters "
-                f"and is a {type(layer).__name__} with {count_params(layer)}; measure this one"
-            )
+    if "latency" in request.quantities and (stats is None or stats.times is None):
+        raise PlanError(
+            "a budget on latency needs measured times of the layers: stats=rankfold.timings.time_layers(model, stats, "
+            "example=…); compress measures them itself"
+        )
+    if request.objective not in OBJECTIVES or request.objective == CALIBRATED:
+        known = ", ".join(name for name in OBJECTIVES if name != CALIBRATED)
+        raise PlanError(f"objective {request.objective!r} is none of {known}")
+    if request.objective == LOSS and request.metric != "fisher":
+        raise PlanError(f"objective {LOSS!r} needs metric='fisher' (now {request.metric!r})")
 
 
 def _dense_choices(
@@ -176,11 +257,28 @@ def _dense_choices(
         else:
             unfit = refusal(without_values(layer)) if request.weightless else layer_refusal(name, layer)
             reason = refused.get(name) or unfit or _unusable(name, layer, stats, request.methods)
-        params, macs = count_params(layer), stats.layers[name].macs if stats else None
-        choices[name] = Choice(
-            "dense", params=params, macs=macs, error=0.0, reason=reason, dense_params=params, dense_macs=macs
-        )
+        choices[name] = _untouched(name, layer, stats, reason or _untimed(name, stats, request))
     return choices
+
+
+def _untouched(name: str, layer: nn.Module, stats: Stats | None, reason: str) -> Choice:
+    """Return the dense choice of a layer with all that is known of it."""
+    time = stats.times.layers.get(name) if stats and stats.times else None
+    known = {
+        "params": count_params(layer),
+        "macs": stats.layers[name].macs if stats else None,
+        "bytes": count_bytes(layer),
+        "latency": time.dense if time else None,
+    }
+    dense: dict[str, Any] = {f"dense_{quantity}": value for quantity, value in known.items()}
+    return Choice("dense", error=0.0, reason=reason, **known, **dense)  # type: ignore[arg-type]
+
+
+def _untimed(name: str, stats: Stats | None, request: _Request) -> str:
+    """Return why a layer can't be planned within a budget on latency; "" where it can, or where there is none."""
+    if "latency" not in request.quantities or stats is None or stats.times is None or name in stats.times.layers:
+        return ""
+    return stats.times.left_out.get(name, f"no form of {' or '.join(request.methods)} was timed")
 
 
 def _unusable(name: str, layer: nn.Module, stats: Stats | None, names: tuple[str, ...]) -> str:
@@ -199,80 +297,37 @@ def _job(name: str, layer: nn.Module, dense: Choice, stats: Stats | None, reques
         calls=stats.layers[name].calls if stats else None,
         batch_size=stats.batch_size if stats else 1,
         methods=request.methods,
-        budgeted=tuple(request.limits),
+        budgeted=request.quantities,
         multiple=request.multiple,
         seed=layer_seed(name, request.seed),
         weightless=request.weightless,
+        metric=layer_metric(request.metric, stats, name),
+        times=stats.times.layers.get(name) if stats and stats.times else None,
     )
 
 
-def _limits(whole: Plan, candidates: Mapping[str, Sequence[Choice]]) -> dict[str, int]:
-    """Return what the budget leaves for the layers that may change: its share of the whole less all the rest."""
-    limits = {}
-    for quantity, allowed in _allowed(whole).items():
-        changeable = sum(getattr(whole.layers[name], quantity) for name in candidates)
-        limits[quantity] = allowed - (getattr(whole, f"dense_{quantity}") - changeable)
-    return limits
+def _weighed(job: Job, choices: tuple[Choice, ...], request: _Request) -> tuple[Choice, ...]:
+    """Give the choices of a layer their damage where that is not the squared error, and what the error is of."""
+    damage = OBJECTIVES[request.objective]
+    if job.metric is None and request.metric != WEIGHTS:
+        choices = tuple(c if c.method == "dense" else replace(c, metric=WEIGHTS) for c in choices)
+    if damage is None or job.weightless:
+        return choices
+    weight = signal(job.name, job.layer, job.metric, job.calls, job.batch_size) if request.objective == LOSS else 1.0
+    return tuple(replace(choice, damage=damage(choice.error or 0.0, weight)) for choice in choices)
 
 
-def _allowed(whole: Plan) -> dict[str, int]:
-    """Return the budget in absolute numbers."""
-    limits = whole.budget.limits if whole.budget else {}
-    # The millionth lets a fraction that was computed from a whole number reach that number.
-    return {
-        quantity: int(fraction * getattr(whole, f"dense_{quantity}") + 1e-6) for quantity, fraction in limits.items()
-    }
+def planned_metric(plan: Plan, name: str, stats: Stats | None) -> Metric | None:
+    """Return the metric that a plan decomposes one of its layers in; None on its weight.
 
-
-def _selected(
-    select: Select, candidates: Mapping[str, Sequence[Choice]], limits: Mapping[str, int]
-) -> dict[str, Choice]:
-    choices = dict(select(candidates, limits)) if candidates else {}
-    if choices.keys() != candidates.keys():
-        wrong = sorted(choices.keys() ^ candidates.keys())[0]
-        raise PlanError(f"the rule must return one choice for each layer that it was given: see {wrong!r}")
-    return choices
-
-
-def _explained(
-    choices: Mapping[str, Choice], candidates: Mapping[str, Sequence[Choice]], names: tuple[str, ...]
-) -> dict[str, Choice]:
-    """Give every layer that stays dense its reason."""
-    explained = {}
-    for name, choice in choices.items():
-        if choice.method == "dense":
-            alone = all(other.method == "dense" for other in candidates[name])
-            choice = replace(choice, reason=UNPAID.format(" or ".join(names)) if alone else KEPT)
-        explained[name] = choice
-    return explained
-
-
-def _refuse_excess(result: Plan, rule: str) -> None:
-    """Raise where a plan exceeds its budget; the plan is then the cheapest that its rule found."""
-    allowed = _allowed(result)
-    excess = [q for q, limit in allowed.items() if getattr(result, q) > limit]
-    if not excess:
-        return
-    wanted = ", ".join(f"{q}={result.budget.limits[q]:g} ({limit:,})" for q, limit in allowed.items())  # type: ignore[union-attr]
-    reached = ", ".join(_reached(result, q) for q in allowed)
-    raise BudgetError(
-        f"the budget {wanted} can't be met by the {rule} rule: the closest reachable is {reached}; {_obstacles(result)}"
-        "raise the budget, add methods or exclude fewer layers"
-    )
-
-
-def _obstacles(result: Plan) -> str:
-    """Return which layers could not change and why, the largest first."""
-    if not result.layers:
-        return "the model has no Linear, convolution or Embedding to factorise; "
-    fixed = {name: choice for name, choice in result.layers.items() if choice.reason not in ("", KEPT)}
-    largest = sorted(fixed, key=lambda name: -(fixed[name].dense_params or 0))[:SHOWN]
-    told = "; ".join(f"{name or 'the model'!r} ({fixed[name].reason})" for name in largest)
-    return f"{len(fixed)} of {len(result.layers)} layers can't change, the largest {told}; " if fixed else ""
-
-
-def _reached(result: Plan, quantity: str) -> str:
-    value, dense = getattr(result, quantity), getattr(result, f"dense_{quantity}")
-    # Rounded up, so that the value that is read off the message is reachable.
-    share = -(-value * 10_000 // dense) / 10_000
-    return f"{quantity}={share:.4f} ({value:,} of {dense:,})"
+    Raises:
+        PlanError: the statistics lack what was there when the plan was made.
+    """
+    wanted = plan.layers[name].metric or plan.metric
+    if wanted == WEIGHTS:
+        return None
+    metric_name(wanted, stats)
+    found = layer_metric(wanted, stats, name)
+    if found is None:
+        raise PlanError(f"layer {name!r} is planned in the metric {wanted!r}: the statistics hold none of its inputs")
+    return found

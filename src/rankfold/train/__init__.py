@@ -4,6 +4,7 @@ from rankfold.train._adapters import lightning_callback, trainer_callback
 from rankfold.train._batchnorm import reestimate_batchnorm
 from rankfold.train._cuttlefish import Cuttlefish
 from rankfold.train._decouple import BlockError, decouple, decouple_errors
+from rankfold.train._distil_blocks import BlockFit, distil_blocks
 from rankfold.train._dlrt import DLRT
 from rankfold.train._fit import fit
 from rankfold.train._groups import parameter_groups
@@ -21,6 +22,7 @@ from rankfold.train._trp import TRP
 
 __all__ = [
     "BlockError",
+    "BlockFit",
     "Cuttlefish",
     "DLRT",
     "Epoch",
@@ -36,6 +38,7 @@ __all__ = [
     "TrainingMethod",
     "decouple",
     "decouple_errors",
+    "distil_blocks",
     "fit",
     "lightning_callback",
     "parameter_groups",

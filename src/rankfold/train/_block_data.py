@@ -64,18 +64,18 @@ class Block:
 
     def jacobians(self, inputs: Tensor, directions: Tensor) -> Tensor:
         """Return `J_i P` (samples, out, columns) for directions P (in, columns)."""
-        product = directions.expand(len(inputs), *directions.shape)
+        product = directions  # the same for all samples up to the first activation
         for stage, slope in zip(self.stages, self.slopes(inputs), strict=True):
             product = slope[..., None] * product if slope is not None else _weight(stage) @ product
-        return product
+        return product.expand(len(inputs), *product.shape[-2:])
 
     def probes(self, inputs: Tensor, rows: Tensor) -> Tensor:
         """Return `R J_i` (samples, rows, in) for rows R (rows, out)."""
-        product = rows.expand(len(inputs), *rows.shape)
+        product = rows
         pairs = list(zip(self.stages, self.slopes(inputs), strict=True))
         for stage, slope in reversed(pairs):
             product = product * slope[:, None] if slope is not None else product @ _weight(stage)
-        return product
+        return product.expand(len(inputs), *product.shape[-2:])
 
 
 def _weight(stage: nn.Module) -> Tensor:

@@ -13,6 +13,7 @@ from rankfold.train._block_data import Block
 
 FLOOR = 1e-4  # of the mean variance of the inputs, given to every direction
 ROOM = 16  # coordinates beyond twice the rank that a compressed Jacobian keeps
+SHOWN = 512  # samples whose gradients show them
 PROBES = 16  # random combinations of outputs whose gradients show the directions that matter
 COPIES = 6  # of the Jacobians, that the solver makes at most
 TEMPORARY = 1 << 22  # entries of the products that are formed at a time
@@ -47,9 +48,9 @@ def frame_of(block: Block, inputs: Tensor, rank: int, seed: int) -> Frame:
     variances, axes = torch.linalg.eigh(covariance)
     deviations = variances.clamp_min(torch.finfo(variances.dtype).tiny).sqrt()
     into, back = axes * deviations, (axes / deviations).T
-    chosen = _leading_inputs(block, inputs, into, 2 * rank + ROOM, seed)
+    chosen = _leading_inputs(block, inputs[:SHOWN], into, 2 * rank + ROOM, seed)
     into, back = into @ chosen, chosen.T @ back
-    return Frame(mean, into, back, _leading_outputs(block, inputs, into, 2 * rank + ROOM))
+    return Frame(mean, into, back, _leading_outputs(block, inputs[:SHOWN], into, 2 * rank + ROOM))
 
 
 def _leading_inputs(block: Block, inputs: Tensor, into: Tensor, kept: int, seed: int) -> Tensor:
@@ -126,7 +127,6 @@ def solve_block(block: Block, inputs: Tensor, frame: Frame, rank: int, basis: Ba
         initial=own,
         seed=seed,
     )
-    right = frame.back.T @ found.right
     right, left = frame.back.T @ found.right, frame.onto @ found.left
     offset = found.offset - right.T @ frame.mean
     lifted = replace(found, left=left, right=right, offset=offset, bias=frame.onto @ found.bias)
@@ -163,13 +163,6 @@ def _own_neurons(block: Block, frame: Frame) -> Neurons | None:
     first, last = block.linears
     offset = first.weight @ frame.mean + (0 if first.bias is None else first.bias)
     return Neurons(frame.onto.T @ last.weight, frame.into.T @ first.weight.T, offset, activation)
-
-
-def value_error(found: Coupled, block: Block, inputs: Tensor) -> float:
-    """Return the relative Frobenius error of the values, from their mean over these inputs."""
-    values = block(inputs)
-    missed = torch.linalg.vector_norm(found.evaluate(inputs.T).T - values)
-    return float(missed / torch.linalg.vector_norm(values - values.mean(0)).clamp_min(1e-300))
 
 
 def affine_error(block: Block, inputs: Tensor, held: Tensor) -> float:

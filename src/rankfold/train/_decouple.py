@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.decompose import Basis, Coupled, svd
+from rankfold.decompose import Basis, svd
 from rankfold.errors import BudgetError, DataError, RankfoldError
 from rankfold.layers import FlexibleLinear
 from rankfold.planning import Budget, Choice, Plan, block_modules
 from rankfold.stats import count_params, walk
 from rankfold.surgery import replace_block
 from rankfold.train._block_data import Block, checked_samples, read_block, sample_inputs
-from rankfold.train._block_tensors import activation_of, affine_error, affordable, frame_of, solve_block, value_error
+from rankfold.train._block_fit import fitted_to_values, value_error
+from rankfold.train._block_tensors import activation_of, affine_error, affordable, frame_of, solve_block
 
 HELD_OUT = 5  # one sample in so many is kept to measure the error on
 MEMORY = 1e9
@@ -53,6 +54,7 @@ def decouple(  # noqa: PLR0913 (one keyword per choice)
     size: int = 8,
     element: str | None = None,
     samples: int = 1280,
+    rows: int = 0,
     memory: float = MEMORY,
     seed: int = 0,
 ) -> tuple[nn.Module, Plan]:
@@ -72,7 +74,9 @@ def decouple(  # noqa: PLR0913 (one keyword per choice)
         basis: the family of the activations, as in `rankfold.layers.FlexibleActivation`.
         size: functions per activation.
         element: "relu", "tanh", "gelu" or "" for none; by default the block's own activation where it is curved.
-        samples: how many rows of the block's input to use.
+        samples: how many rows of the block's input to factorise the values and Jacobians at.
+        rows: at how many to fit the values afterwards, which takes 8 * rows * in_features bytes; a rank well below the
+            width gains much by it where the block has many inputs. 0 leaves the solver's result.
         memory: bytes that the Jacobians may take with the solver's copies; fewer samples are used if they do not fit.
         seed: of the choice of samples and of random starts.
 
@@ -96,10 +100,9 @@ def decouple(  # noqa: PLR0913 (one keyword per choice)
     chain = read_block(model, block)
     options = _options(chain, basis, size, element)
     rank = _rank(model, block, chain, rank, budget, options)
-    train, held = _samples(model, block, data, chain, rank, samples, seed)
-    found = _solve(chain, train, rank, _basis(options), memory, seed)
-    layer = FlexibleLinear.from_factors(found, device=train.device, dtype=chain.source.weight.dtype)
-    plan = _plan(model, block, layer, value_error(found, chain, held), budget)
+    parts = _samples(model, block, data, chain, rank, (samples, rows), seed)
+    layer = _solve(chain, parts, rank, _basis(options), memory, seed)
+    plan = _plan(model, block, layer, value_error(layer, chain, parts.held), budget)
     return replace_block(model, block, layer), plan
 
 
@@ -113,6 +116,7 @@ def decouple_errors(  # noqa: PLR0913 (one keyword per choice)
     size: int = 8,
     element: str | None = None,
     samples: int = 1280,
+    rows: int = 0,
     memory: float = MEMORY,
     seed: int = 0,
 ) -> tuple[BlockError, ...]:
@@ -138,14 +142,14 @@ def decouple_errors(  # noqa: PLR0913 (one keyword per choice)
         _check_rank(rank)
     if not ranks:
         raise RankfoldError("an error curve needs at least one rank")
-    train, held = _samples(model, block, data, chain, max(ranks), samples, seed)
+    parts = _samples(model, block, data, chain, max(ranks), (samples, rows), seed)
     points = []
-    affine = affine_error(chain, train, held)
+    affine = affine_error(chain, parts.fitted, parts.held)
     for rank in ranks:
-        found = _solve(chain, train, rank, _basis(options), memory, seed)
+        layer = _solve(chain, parts, rank, _basis(options), memory, seed)
         params = _params(chain, rank, options)
-        truncated = _low_rank_error(chain, params, held)
-        points.append(BlockError(rank, params, value_error(found, chain, held), truncated, affine))
+        truncated = _low_rank_error(chain, params, parts.held)
+        points.append(BlockError(rank, params, value_error(layer, chain, parts.held), truncated, affine))
     return tuple(points)
 
 
@@ -196,23 +200,48 @@ def _rank(  # noqa: PLR0913 (private; one caller)
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """Inputs of a block: to solve on, to fit the values at (the former among them), to measure the error on."""
+
+    solved: Tensor
+    fitted: Tensor
+    held: Tensor
+    rows: int
+
+
 def _samples(  # noqa: PLR0913 (private; two callers)
-    model: nn.Module, name: str, data: Iterable[Any], block: Block, rank: int, samples: int, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Return inputs of the block to solve on, and others to measure the error on."""
-    found = sample_inputs(model, name, data, block, checked_samples(samples), seed)
-    train, held = found[: len(found) - len(found) // HELD_OUT], found[len(found) - len(found) // HELD_OUT :]
-    if len(train) < rank or not len(held):
+    model: nn.Module,
+    name: str,
+    data: Iterable[Any],
+    block: Block,
+    rank: int,
+    counts: tuple[int, int],
+    seed: int,
+) -> _Parts:
+    """Return the inputs of the block on the data, for so many samples and rows."""
+    samples, rows = checked_samples(counts[0]), counts[1]
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
+        raise RankfoldError(f"rows is a whole number, 0 for no fit of the values, not {rows!r}")
+    found = sample_inputs(model, name, data, block, max(samples, rows), seed)
+    both = found[:samples]
+    solved, held = both[: len(both) - len(both) // HELD_OUT], both[len(both) - len(both) // HELD_OUT :]
+    if len(solved) < rank or not len(held):
         raise DataError(
-            f"block {name!r}: {len(found)} samples, of which {len(held)} are held out, are too few for rank {rank}: "
+            f"block {name!r}: {len(both)} samples, of which {len(held)} are held out, are too few for rank {rank}: "
             "give more data, or a lower rank"
         )
-    return train, held
+    return _Parts(solved, torch.cat([solved, found[samples:]]), held, rows)
 
 
-def _solve(block: Block, inputs: Tensor, rank: int, basis: Basis, memory: float, seed: int) -> Coupled:
-    frame = frame_of(block, inputs, rank, seed)
-    return solve_block(block, inputs[: affordable(frame, len(inputs), rank, memory)], frame, rank, basis, seed)
+def _solve(  # noqa: PLR0913 (private; two callers)
+    block: Block, parts: _Parts, rank: int, basis: Basis, memory: float, seed: int
+) -> FlexibleLinear:
+    frame = frame_of(block, parts.solved, rank, seed)
+    fit = affordable(frame, len(parts.solved), rank, memory)
+    found = solve_block(block, parts.solved[:fit], frame, rank, basis, seed)
+    layer = FlexibleLinear.from_factors(found, device=parts.solved.device, dtype=block.source.weight.dtype)
+    return fitted_to_values(layer, block, parts.fitted, parts.held, seed) if parts.rows else layer
 
 
 def _plan(model: nn.Module, name: str, layer: FlexibleLinear, error: float, budget: Budget | None) -> Plan:

@@ -86,7 +86,7 @@ def fit(
     """
     _check(model, teacher, epochs, lr, evaluates=evaluate is not None, recipe=recipe)
     device = device_of(model)
-    optimizer = recipe.build_optimizer(_groups(model, recipe.weight_decay), lr)
+    optimizer = recipe.build_optimizer(trained_groups(model, recipe.weight_decay, recipe.only), lr)
     state = State(model, optimizer, device, loader_generators(loader), method=recipe.method)
     session = _Session(state, loader, teacher, recipe, epochs, evaluate)
     with (
@@ -99,6 +99,8 @@ def fit(
         try:
             for epoch in range(len(state.rows), epochs):
                 if recipe.method is not None and recipe.method.finished:
+                    break
+                if recipe.promise is not None and state.best_metric >= recipe.promise:
                     break
                 session.run(epoch)
                 if recipe.checkpoint is not None:
@@ -160,7 +162,7 @@ class _Session:
         rate = self.state.optimizer.param_groups[0]["lr"]
         row = Epoch(epoch + 1, **means, lr=rate, metric=metric, seconds=time.perf_counter() - began)
         self.state.rows.append(row)
-        better = self.recipe.keep_best and metric is not None and metric > self.state.best_metric
+        better = self.recipe.keeps_best and metric is not None and metric > self.state.best_metric
         if better:
             self.state.best, self.state.best_metric = snapshot(self.state.model), metric or 0.0
         if better or self.state.best is None:
@@ -261,12 +263,14 @@ def _check(
         raise RankfoldError(f"epochs is a whole number above 0, not {epochs!r}")
     if not 0 < lr < math.inf:
         raise RankfoldError(f"lr is a number above 0, not {lr!r}")
-    if recipe.keep_best and not evaluates:
-        raise RankfoldError("keep_best needs evaluate=: a function that returns the metric of a model")
+    if recipe.keeps_best and not evaluates:
+        name = "keep_best" if recipe.keep_best else "promise"
+        raise RankfoldError(f"{name} needs evaluate=: a function that returns the metric of a model")
     if recipe.method is not None and unwrapped(recipe.method.model) is not unwrapped(model):
         raise RankfoldError("the method in the recipe is of another model: train method.model")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise RankfoldError("the model has no weight that requires a gradient: nothing to train")
+    if not trained_groups(model, recipe.weight_decay, recipe.only):
+        kind = "weight" if recipe.only == "all" else "factorised layer with a weight"
+        raise RankfoldError(f"the model has no {kind} that requires a gradient: nothing to train")
     tensors = {id(t): name for name, t in named_tensors(model).items()}
     on_meta = [name for name, t in named_tensors(model).items() if t.is_meta]
     if on_meta:
@@ -278,13 +282,13 @@ def _check(
         )
 
 
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def trained_groups(model: nn.Module, weight_decay: float, only: str = "all") -> list[dict[str, Any]]:
     """Return parameter groups: ordinary decay for dense weights, none for factors, biases and normalisation."""
     factors = {id(p) for layer in model.modules() if is_factorised(layer) for p in layer.parameters()}
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and (only == "all" or id(parameter) in factors):
             (decayed if parameter.ndim > 1 and id(parameter) not in factors else others).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

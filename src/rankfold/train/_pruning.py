@@ -40,7 +40,7 @@ def plan_of_budget(model: nn.Module, options: Mapping[str, Options], budget: Bud
     if budget.macs is not None and example is None:
         raise RankfoldError("prune(budget=Budget(macs=…)) needs example=: MACs depend on the input")
 
-    def select(candidates: Mapping[str, Sequence[Choice]], limits: Mapping[str, int]) -> Mapping[str, Choice]:
+    def select(candidates: Mapping[str, Sequence[Choice]], limits: Mapping[str, float]) -> Mapping[str, Choice]:
         same_split = {
             name: [choice for choice in choices if choice.method == "dense" or choice.options == options[name]]
             for name, choices in candidates.items()

@@ -26,6 +26,8 @@ def _sgd(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
 
 
+ONLY = ("all", "factors")
+
 OPTIMIZERS: Mapping[str, Optimizer] = MappingProxyType({"adamw": _adamw, "sgd": _sgd})
 
 
@@ -59,7 +61,10 @@ class Recipe:
         weight_decay: Ordinary weight decay, of dense weights with two or more axes only.
         clip: Largest norm of the gradient; `math.inf` for none.
         batchnorm: Number of batches to re-estimate BatchNorm statistics on before the first step; 0 for none.
+        only: Which weights are trained: "all", or the "factors", those of factorised layers with their biases. Ranks
+            stay as they are.
         keep_best: Whether to end with the weights of the epoch with the highest metric instead of the last's.
+        promise: Training ends after the epoch whose metric reaches this, or else with the best epoch's weights.
         method: A low-rank training method of this model, such as `SVDTraining(model)`: its penalty joins the loss,
             it is told of each step and each epoch, and training stops when it is finished.
         watch: Called with the row of each epoch once that is over.
@@ -85,7 +90,9 @@ class Recipe:
     weight_decay: float = 0.0
     clip: float = 1.0
     batchnorm: int = 100
+    only: str = "all"
     keep_best: bool = False
+    promise: float | None = None
     method: TrainingMethod | None = None
     watch: Callable[[Epoch], None] | None = None
     checkpoint: str | os.PathLike[str] | None = None
@@ -101,12 +108,19 @@ class Recipe:
             "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
             "clip": (self.clip > 0, "above 0"),
             "batchnorm": (self.batchnorm >= 0, "0 or more"),
+            "only": (self.only in ONLY, f"one of {', '.join(ONLY)}"),
+            "promise": (self.promise is None or math.isfinite(self.promise), "a finite number or None"),
             "optimizer": (callable(self.optimizer) or self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
             "schedule": (callable(self.schedule) or self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
         }
         for name, (valid, allowed) in ranges.items():
             if not valid:
                 raise RankfoldError(f"{name} is {allowed}, not {getattr(self, name)!r}")
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether training ends with the best epoch's weights."""
+        return self.keep_best or self.promise is not None
 
     def factor(self, done: float) -> float:
         """Return what the learning rate is multiplied by once a share `done` of the run is over."""

@@ -1,0 +1,148 @@
+"""What a model of Hugging Face needs to be saved and loaded by its own means: its plan, in its configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from rankfold.errors import LayerError, RankfoldError, StoreError
+from rankfold.layers import BLOCKS, PROJECTIONS, SeparateAttention, is_factorised
+from rankfold.planning import Choice, Plan
+
+# transformers lets a method of quantisation replace layers before the weights are loaded, and finds it by this entry
+ENTRY, METHOD = "quantization_config", "rankfold"
+BASE = "transformers.modeling_utils.PreTrainedModel"
+Rebuild = Callable[[nn.Module, Plan], nn.Module]
+
+
+def remember(model: nn.Module) -> bool:
+    """Write into the configuration of every Hugging Face model inside which layers are factorised, or that none is.
+
+    Returns whether one holds a plan now: `save_pretrained` then writes it, and `from_pretrained` needs `register`.
+
+    Raises:
+        LayerError: its configuration speaks of a quantised model.
+    """
+    told = False
+    for module in _pretrained(model):
+        config: Any = module.config
+        before, now = getattr(config, ENTRY, None), description(module)
+        if now is not None and before is not None and not _is_ours(before):
+            raise LayerError(f"{type(module).__name__} was quantised by transformers: factorise it before quantising")
+        if now is not None:
+            setattr(config, ENTRY, now)
+        elif _is_ours(before):
+            delattr(config, ENTRY)
+        told |= now is not None
+    return told
+
+
+def description(model: nn.Module) -> dict[str, Any] | None:
+    """Return what the configuration of a model says of its layers; None where all of them are dense."""
+    blocks = [name for name, module in model.named_modules() if type(module) in BLOCKS.values()]
+    if blocks:
+        return {"quant_method": METHOD, "block": blocks[0]}
+    layers = dict(_choices(model))
+    return {"quant_method": METHOD, "plan": json.loads(Plan(layers).to_json())} if layers else None
+
+
+def plan_of(entry: Any) -> Plan:
+    """Return the plan that a configuration holds.
+
+    Raises:
+        StoreError: it holds none, or it stands for layers that no plan can build.
+        PlanError: the plan is damaged.
+    """
+    if not _is_ours(entry):
+        raise StoreError("the configuration holds no plan of Rankfold: load the model as any other")
+    held = entry if isinstance(entry, Mapping) else vars(entry)
+    if "block" in held:
+        raise StoreError(f"{held['block']!r} stands for a whole block, which from_pretrained cannot build")
+    return Plan.from_json(json.dumps(held.get("plan")))
+
+
+def register(rebuild: Rebuild) -> None:
+    """Make `from_pretrained` of transformers build the layers that a configuration names, until the process ends.
+
+    Args:
+        rebuild: returns the model with the plan's layers, without values.
+
+    Raises:
+        RankfoldError: transformers is missing or too old.
+    """
+    try:
+        from transformers.quantizers import auto
+        from transformers.quantizers.base import HfQuantizer
+        from transformers.utils.quantization_config import QuantizationConfigMixin
+    except ImportError as problem:
+        raise RankfoldError(f"this needs transformers: pip install 'rankfold[hub]' ({problem})") from problem
+    if METHOD in auto.AUTO_QUANTIZER_MAPPING:
+        return
+
+    class RankfoldConfig(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
+        """The entry of the configuration."""
+
+        def __init__(self, **entry: Any) -> None:
+            plan_of(entry)
+            vars(self).update(entry)
+
+    class RankfoldLayers(HfQuantizer):  # type: ignore[misc, unused-ignore]
+        """Replaces layers before the weights are loaded, and leaves a model that is not quantised."""
+
+        def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+            model._modules.update(rebuild(model, _fitting(plan_of(self.quantization_config), model))._modules)
+
+        def postprocess_model(self, model: Any, **_: Any) -> None:
+            for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+                vars(model).pop(name, None)
+            remember(model)
+
+        def is_serializable(self, *_: Any, **__: Any) -> bool:
+            return True
+
+        @property
+        def is_trainable(self) -> bool:
+            return True
+
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = RankfoldConfig
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = RankfoldLayers
+
+
+def _is_ours(entry: Any) -> bool:
+    held = entry if isinstance(entry, Mapping) else getattr(entry, "__dict__", {})
+    return held.get("quant_method") == METHOD
+
+
+def _pretrained(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the outermost Hugging Face models: those inside share their configuration."""
+    if any(f"{kind.__module__}.{kind.__qualname__}" == BASE for kind in type(model).__mro__):
+        yield model
+        return
+    for child in model.children():
+        yield from _pretrained(child)
+
+
+def _choices(model: nn.Module) -> Iterator[tuple[str, Choice]]:
+    for name, module in model.named_modules():
+        layer: Any = module
+        if is_factorised(layer):
+            yield name, Choice(layer.method, layer.rank, dict(layer.options))
+        elif isinstance(layer, SeparateAttention):
+            dense = [part for part in PROJECTIONS if not is_factorised(getattr(layer, part))]
+            yield from ((f"{name}.{part}", Choice("dense")) for part in dense)
+
+
+def _fitting(plan: Plan, model: Any) -> Plan:
+    """Return the plan with the names that its layers have in this model: a head may have come or gone since."""
+    modules = dict(model.named_modules())
+    attentions = [name for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)]
+    names = modules.keys() | {f"{name}.{part}" for name in attentions for part in PROJECTIONS}
+    prefix = f"{model.base_model_prefix}."
+    inner = {name: name.removeprefix(prefix) for name in plan.layers if name not in names}
+    if any(short in names and short != name for name, short in inner.items()):  # the base of the model that was saved
+        return Plan({short: plan.layers[name] for name, short in inner.items() if short in names})
+    outer = {name: name if name in names or prefix + name not in names else prefix + name for name in plan.layers}
+    return Plan({outer[name]: choice for name, choice in plan.layers.items()})

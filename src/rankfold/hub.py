@@ -1,0 +1,65 @@
+"""Compressed models of Hugging Face: loaded again by `from_pretrained`."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from rankfold import _pretrained
+from rankfold.errors import RankfoldError, StoreError
+from rankfold.layers import is_factorised
+from rankfold.surgery import apply
+
+SHOWN = 5  # so many names of tensors that do not fit are put in an error
+
+
+def register() -> None:
+    """Make transformers able to load models that Rankfold has compressed, until the process ends.
+
+    `compressed.save_pretrained(folder)` writes the plan into `config.json`. After `register`, every
+    `from_pretrained` of transformers reads it, builds the factorised layers and fills them. A process that
+    compresses such a model with Rankfold is registered already; one that only loads is not.
+
+    Without it transformers warns of an unknown method of quantisation and of missing weights, and returns a dense
+    model with random ones. `rankfold.hub.from_pretrained` cannot return such a model.
+
+    Raises:
+        RankfoldError: transformers is missing or too old.
+    """
+    _pretrained.register(partial(apply, init="random"))
+
+
+def from_pretrained(folder: str | os.PathLike[str], **options: Any) -> nn.Module:
+    """Return the compressed model that `save_pretrained` wrote to a folder, of the class that was saved.
+
+    Args:
+        folder: a folder, or a name on the hub.
+        options: further arguments of transformers' `from_pretrained`, such as `dtype` or `device_map`.
+
+    Raises:
+        RankfoldError: transformers is missing or too old.
+        StoreError: the model was not compressed by Rankfold, or a weight of it is missing or doesn't fit.
+    """
+    register()
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    where = os.fspath(folder)
+    try:
+        _pretrained.plan_of(getattr(config, _pretrained.ENTRY, None))
+    except RankfoldError as problem:
+        raise StoreError(f"{where}: {problem}") from problem
+    architecture: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+    try:
+        model, told = architecture.from_pretrained(folder, **options, output_loading_info=True)
+    except RankfoldError as problem:
+        raise StoreError(f"{where}: its plan does not fit {architecture.__name__}: {problem}") from problem
+    inside = tuple(f"{name}." for name, module in model.named_modules() if is_factorised(module))
+    wrong = [*told["unexpected_keys"], *(key for key in told["missing_keys"] if key.startswith(inside))]
+    if wrong:
+        raise StoreError(f"{where} does not fit its plan: see {', '.join(sorted(wrong)[:SHOWN])}; save the model again")
+    loaded: nn.Module = model
+    return loaded

@@ -1,0 +1,144 @@
+"""Candidates: what every layer of a model could become, found once, and the plans that budgets select among them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from rankfold.errors import BudgetError, PlanError
+from rankfold.planning._budget import Budget, amount
+from rankfold.planning._plan import Choice, Plan
+from rankfold.planning._rules import Choices, Rule, Select
+
+KEPT = "dense is the rule's choice within this budget"
+ROUNDING = 1 + 1e-9  # of sums of seconds in another order
+SHOWN = 3  # so many layers that stand in the way of a budget are put in an error
+UNPAID = "no rank of {} costs less than the layer itself"
+UNTIMED = "no rank of {} was measured faster than the layer itself"
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """What every layer could become, from `candidates`: plans for several budgets need no further decomposition.
+
+    Attributes:
+        layers: per name of a layer that may change, its choices: dense the first, or one per level of a rule.
+        whole: the plan that changes nothing, with the reason of every layer that can't change.
+        rule: how one choice per layer is selected.
+        methods: the methods that were tried.
+        quantities: what a budget must limit.
+
+    Example:
+        >>> import torch
+        >>> from rankfold.planning import candidates
+        >>> found = candidates(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)))
+        >>> [found.plan(Budget(params=share)).params <= share * 8320 for share in (0.5, 0.25)]
+        [True, True]
+    """
+
+    layers: Mapping[str, tuple[Choice, ...]]
+    whole: Plan
+    rule: Rule
+    methods: tuple[str, ...]
+    quantities: tuple[str, ...]
+
+    def plan(self, budget: Budget | None = None) -> Plan:
+        """Return the plan that the rule selects within a budget on exactly these quantities.
+
+        Raises:
+            BudgetError: the budget can't be met; says the closest value that can.
+            PlanError: a budget on other quantities.
+        """
+        limited = tuple(budget.limits) if budget else ()
+        if budget is None and self.rule.needs_budget:
+            raise PlanError(f"rule {self.rule.name!r} needs a budget, such as budget=Budget(params=0.5)")
+        if set(limited) != set(self.quantities):
+            raise PlanError(
+                f"these candidates are for a budget on {' and '.join(self.quantities) or 'nothing'}, not on "
+                f"{' and '.join(limited) or 'nothing'}: find others with quantities={limited!r}"
+            )
+        whole = replace(self.whole, budget=budget)
+        choices = _selected(self.rule.select, self.layers, _limits(whole, self.layers))
+        unpaid = (UNTIMED if "latency" in self.quantities else UNPAID).format(" or ".join(self.methods))
+        result = replace(whole, layers={**whole.layers, **_explained(choices, self.layers, unpaid)})
+        _refuse_excess(result, self.rule.name)
+        return result
+
+    def slower(self, factor: float) -> Candidates:
+        """Return the candidates as they are where all layers, dense or not, take so many times as long in the model."""
+        layers = {name: tuple(_slower(choice, factor) for choice in choices) for name, choices in self.layers.items()}
+        dense = {name: _slower(choice, factor) for name, choice in self.whole.layers.items()}
+        return replace(self, layers=layers, whole=replace(self.whole, layers=dense))
+
+
+def _slower(choice: Choice, factor: float) -> Choice:
+    new, old = (None if x is None else factor * x for x in (choice.latency, choice.dense_latency))
+    return replace(choice, latency=new, dense_latency=old)
+
+
+def _limits(whole: Plan, candidates: Choices) -> dict[str, float]:
+    """Return what the budget leaves for the layers that may change: its share of the whole less all the rest."""
+    limits = {}
+    for quantity, allowed in _allowed(whole).items():
+        changeable = sum(getattr(whole.layers[name], quantity) for name in candidates)
+        limits[quantity] = allowed - (getattr(whole, f"dense_{quantity}") - changeable)
+    return limits
+
+
+def _allowed(whole: Plan) -> dict[str, float]:
+    """Return the budget in absolute numbers."""
+    limits = whole.budget.limits if whole.budget else {}
+    exact = {quantity: fraction * getattr(whole, f"dense_{quantity}") for quantity, fraction in limits.items()}
+    # The millionth lets a fraction that was computed from a whole number reach that number.
+    return {quantity: x if quantity == "latency" else int(x + 1e-6) for quantity, x in exact.items()}
+
+
+def _selected(select: Select, candidates: Choices, limits: Mapping[str, float]) -> dict[str, Choice]:
+    choices = dict(select(candidates, limits)) if candidates else {}
+    if choices.keys() != candidates.keys():
+        wrong = sorted(choices.keys() ^ candidates.keys())[0]
+        raise PlanError(f"the rule must return one choice for each layer that it was given: see {wrong!r}")
+    return choices
+
+
+def _explained(choices: Mapping[str, Choice], candidates: Choices, unpaid: str) -> dict[str, Choice]:
+    """Give every layer that stays dense its reason."""
+    explained = {}
+    for name, choice in choices.items():
+        if choice.method == "dense":
+            alone = all(other.method == "dense" for other in candidates[name])
+            choice = replace(choice, reason=unpaid if alone else KEPT)
+        explained[name] = choice
+    return explained
+
+
+def _refuse_excess(result: Plan, rule: str) -> None:
+    """Raise where a plan exceeds its budget; the plan is then the cheapest that its rule found."""
+    allowed = _allowed(result)
+    excess = [q for q, limit in allowed.items() if getattr(result, q) > limit * ROUNDING]
+    if not excess:
+        return
+    wanted = ", ".join(f"{q}={result.budget.limits[q]:g} ({amount(q, limit)})" for q, limit in allowed.items())  # type: ignore[union-attr]
+    reached = ", ".join(_reached(result, q) for q in allowed)
+    raise BudgetError(
+        f"the budget {wanted} can't be met by the {rule} rule: the closest reachable is {reached}; {_obstacles(result)}"
+        "raise the budget, add methods or exclude fewer layers"
+    )
+
+
+def _obstacles(result: Plan) -> str:
+    """Return which layers could not change and why, the largest first."""
+    if not result.layers:
+        return "the model has no Linear, convolution or Embedding to factorise; "
+    fixed = {name: choice for name, choice in result.layers.items() if choice.reason not in ("", KEPT)}
+    largest = sorted(fixed, key=lambda name: -(fixed[name].dense_params or 0))[:SHOWN]
+    told = "; ".join(f"{name or 'the model'!r} ({fixed[name].reason})" for name in largest)
+    return f"{len(fixed)} of {len(result.layers)} layers can't change, the largest {told}; " if fixed else ""
+
+
+def _reached(result: Plan, quantity: str) -> str:
+    value, dense = getattr(result, quantity), getattr(result, f"dense_{quantity}")
+    # Rounded up, so that the value that is read off the message is reachable.
+    share = math.ceil(value * 10_000 / dense) / 10_000
+    return f"{quantity}={share:.4f} ({amount(quantity, value)} of {amount(quantity, dense)})"

@@ -1,0 +1,108 @@
+"""Keep the promise of a latency: time the whole model that a plan makes, and plan anew where the sum was wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from rankfold.errors import BudgetError, PlanError
+from rankfold.latency import Timing, steady_clock, time_models
+from rankfold.planning import Budget, Candidates, Choice, Measured, Plan
+from rankfold.surgery import apply
+
+TRIES = 3
+LATE, EARLY = 1.02, 0.95  # measured over wanted: outside of these a plan is worth another try
+TOLERATED = 1.05  # what is kept may be so much above the budget after the last try: measurements scatter
+LEAST_FACTOR, LARGEST_FACTOR = 0.05, 4.0
+SECONDS = 6.0  # of one comparison of two models
+
+
+def plan_in_time(
+    model: nn.Module, candidates: Candidates, budget: Budget, *, example: Any, timing: Timing | None = None
+) -> Plan:
+    """Return a plan whose latency was measured to be within the budget.
+
+    The sum over layers is a promise: layers run in other company than alone. The model of the first plan is built with
+    random weights and timed beside the dense one. Where it saves another time than promised, all times of layers are
+    scaled by the ratio of the two and the plan is made anew, three times at most; of the plans that keep the budget
+    the one of least error is returned, with what was promised (`latency`) and what was measured (`measured`).
+
+    Args:
+        model: the dense model.
+        candidates: from `rankfold.planning.candidates`, with "latency" among their quantities.
+        budget: fractions of the whole model to keep, latency among them.
+        example: the arguments of one call, as the times of the layers were measured with.
+        timing: runtime and threads, as the times of the layers were measured in.
+
+    Raises:
+        BudgetError: no plan keeps the budget; says the closest latency that was reached.
+        PlanError: a budget without latency.
+    """
+    if budget.latency is None:
+        raise PlanError("this plans within a latency: give a budget with one, such as Budget(latency=0.5)")
+    timing = timing or Timing()
+    found, tried, refused = candidates.plan(budget), [], None
+    while True:
+        if all(choice.method == "dense" for choice in found.layers.values()):
+            tried.append(found)
+            break
+        tried.append(replace(found, measured=_measured(model, found, example, timing)))
+        if EARLY <= _kept(tried[-1]) / budget.latency <= LATE or len(tried) == TRIES:
+            break
+        candidates = candidates.slower(_correction(tried[-1]))
+        try:
+            found = candidates.plan(budget)
+        except BudgetError as error:
+            refused = error
+            break
+        if _what(found.layers) == _what(tried[-1].layers):
+            break
+    kept = [plan for plan in tried if _kept(plan) <= min(1.0, TOLERATED * budget.latency)]
+    if not kept:
+        raise refused or _not_kept(tried, budget.latency)
+    return min(kept, key=lambda plan: -_kept(plan) if plan.error is None else plan.error)
+
+
+def _measured(model: nn.Module, plan: Plan, example: Any, timing: Timing) -> Measured:
+    """Time the model of a plan; its speed does not depend on the values of its weights."""
+    models = {"dense": model, "small": apply(model, plan, init="random")}
+    times = time_models(
+        models,
+        example,
+        runtime=timing.runtime,
+        threads=timing.threads,
+        seconds=SECONDS,
+        clock=steady_clock(model, timing.threads),
+    )
+    dense, small = times["dense"], times["small"]
+    setting = f"{small.runtime}, {small.device}, {small.threads} thread{'s' * (small.threads != 1)}"
+    return Measured(1 / small.ratio, dense.median, setting)
+
+
+def _kept(plan: Plan) -> float:
+    return 1.0 if plan.measured is None else plan.measured.kept
+
+
+def _correction(plan: Plan) -> float:
+    """Return the time that was saved over the time that was promised to be."""
+    promised = 1 - (plan.latency or 0.0) / (plan.dense_latency or 1.0)
+    return min(max((1 - _kept(plan)) / max(promised, 1e-9), LEAST_FACTOR), LARGEST_FACTOR)
+
+
+def _what(layers: Mapping[str, Choice]) -> list[Any]:
+    return [(name, choice.method, choice.rank, dict(choice.options)) for name, choice in layers.items()]
+
+
+def _not_kept(tried: list[Plan], wanted: float) -> BudgetError:
+    """Return the error where plans promised a latency and none kept it."""
+    closest = min(tried, key=_kept)
+    share = math.ceil(_kept(closest) * 10_000) / 10_000
+    return BudgetError(
+        f"the budget latency={wanted:g} can't be met: plans promised it, but the whole model did not keep it. The "
+        f"closest reachable is latency={share:.4f} (measured: {closest.measured or 'the dense model'}); raise the "
+        "budget, add methods or exclude fewer layers"
+    )

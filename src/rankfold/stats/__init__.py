@@ -1,0 +1,21 @@
+"""Statistics of a model on data: what its layers are, what they cost, and what their inputs are like."""
+
+from rankfold.stats._measure import measure
+from rankfold.stats._moments import Moments, add_product
+from rankfold.stats._stats import LayerStats, Stats
+from rankfold.stats._walk import count_bytes, count_params, left_alone, uncompiled, walk
+from rankfold.stats._watch import observing
+
+__all__ = [
+    "LayerStats",
+    "Moments",
+    "Stats",
+    "add_product",
+    "count_bytes",
+    "count_params",
+    "left_alone",
+    "measure",
+    "observing",
+    "uncompiled",
+    "walk",
+]

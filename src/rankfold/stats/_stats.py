@@ -1,0 +1,138 @@
+"""What was measured of a model: plain data that can be printed, stored and compared."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rankfold._tensorfile import json_text
+from rankfold._times import LayerTimes
+from rankfold.errors import PlanError, StoreError
+from rankfold.layers import Call, Metric
+from rankfold.stats._moments import Moments, read_moments, write_moments
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What one layer is and what was seen of it.
+
+    Attributes:
+        kind: name of the layer's type.
+        params: number of its parameters, bias included.
+        macs: multiply-adds of all its calls in the batch, divided by the batch size.
+        calls: the shapes of every call, in order; empty where the layer was not called as a module.
+        moments: means over its inputs, where they were asked for and could be had.
+    """
+
+    kind: str
+    params: int
+    macs: int
+    calls: tuple[Call, ...]
+    moments: Moments | None = None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What `measure` saw of a model.
+
+    Attributes:
+        layers: per name, every layer that a plan must name: factorisable ones and factorised ones.
+        params: number of parameters of the whole model, shared ones once, buffers not counted.
+        macs: multiply-adds of the whole model on the batch, divided by the batch size.
+        batch_size: first dimension of the first tensor of the input.
+        left_out: where moments were asked for, the layers without and why.
+        times: measured times of the layers, from `rankfold.timings.time_layers`; not part of files or JSON.
+    """
+
+    layers: Mapping[str, LayerStats]
+    params: int
+    macs: int
+    batch_size: int
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    times: LayerTimes | None = None
+
+    def metric(self, name: str, *, rows: bool = False) -> Metric | None:
+        """Return the metric of a layer's inputs; None where it has no moments, or too few inputs were seen.
+
+        The covariance of few inputs is shrunk towards its diagonal.
+
+        Args:
+            name: a layer.
+            rows: weight its outputs by the mean squared gradients of the loss that `measure` was given.
+
+        Raises:
+            PlanError: no such layer.
+            DataError: no gradients were measured.
+        """
+        if name not in self.layers:
+            raise PlanError(f"the statistics have no layer {name!r}: measure the model that has it")
+        moments = self.layers[name].moments
+        return None if moments is None else moments.metric(rows=rows)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the statistics with their moments to one safetensors file, whole or not at all.
+
+        Raises:
+            StoreError: the file can't be written; then an old one is intact.
+        """
+        moments = {name: layer.moments for name, layer in self.layers.items() if layer.moments is not None}
+        write_moments(path, moments, {"stats": self.to_json(), "left_out": json.dumps(dict(self.left_out))})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Stats:
+        """Read what `save` wrote; nothing in the file is executed.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            StoreError: it is damaged or another kind of file.
+        """
+        moments, texts = read_moments(path)
+        left_out = json_text(path, texts, "left_out")
+        try:
+            stats = cls.from_json(texts.get("stats", ""))
+        except PlanError as error:
+            raise StoreError(f"{os.fspath(path)}: {error}") from error
+        if not isinstance(left_out, dict) or not moments.keys() <= stats.layers.keys():
+            raise StoreError(f"{os.fspath(path)}: the moments are of other layers than the statistics: measure again")
+        layers = {name: replace(layer, moments=moments.get(name)) for name, layer in stats.layers.items()}
+        return replace(stats, layers=layers, left_out={name: str(reason) for name, reason in left_out.items()})
+
+    def to_json(self) -> str:
+        """Return the statistics without their moments as JSON text."""
+        layers = {
+            name: {
+                "kind": layer.kind,
+                "params": layer.params,
+                "macs": layer.macs,
+                "calls": [[list(call.input), list(call.output)] for call in layer.calls],
+            }
+            for name, layer in self.layers.items()
+        }
+        whole = {"params": self.params, "macs": self.macs, "batch_size": self.batch_size}
+        return json.dumps({"rankfold_stats": 1, **whole, "layers": layers})
+
+    @classmethod
+    def from_json(cls, text: str) -> Stats:
+        """Read the statistics that `to_json` wrote.
+
+        Raises:
+            PlanError: the text is not what `to_json` writes.
+        """
+        try:
+            data = json.loads(text)
+            if data["rankfold_stats"] != 1:
+                raise PlanError(f"statistics of version {data['rankfold_stats']!r} cannot be read: measure again")
+            layers = {name: _read_layer(layer) for name, layer in data["layers"].items()}
+            return cls(layers, int(data["params"]), int(data["macs"]), int(data["batch_size"]))
+        except PlanError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise PlanError(f"not the JSON form of measured statistics ({error!r}): measure again") from error
+
+
+def _read_layer(data: Mapping[str, Any]) -> LayerStats:
+    calls = tuple(Call(tuple(map(int, shape_in)), tuple(map(int, shape_out))) for shape_in, shape_out in data["calls"])
+    return LayerStats(str(data["kind"]), int(data["params"]), int(data["macs"]), calls)

@@ -1,0 +1,93 @@
+"""Which modules of a model a plan must name, and how to run a model without leaving a trace."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from rankfold._batches import device_of
+from rankfold._modes import evaluating
+from rankfold.layers import TiedHead, factorisable, is_factorised
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and module of every layer that a plan must name, in the order of `named_modules`.
+
+    A module that is registered under several names is yielded once, under its first name. The inside of
+    a factorised layer and of an `nn.MultiheadAttention` belongs to that layer and is not visited; that of a
+    `TiedHead` belongs to its embedding.
+    """
+    yield from _walk("", model, set())
+
+
+def _walk(name: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    if id(module) in seen or isinstance(module, TiedHead):
+        return
+    seen.add(id(module))
+    found = is_factorised(module) or factorisable(module)
+    if found:
+        yield name, module
+    if found and not _has_layers_of_its_own(module):
+        return
+    for key, child in module.named_children():
+        yield from _walk(f"{name}.{key}" if name else key, child, seen)
+
+
+def _has_layers_of_its_own(module: nn.Module) -> bool:
+    """Tell whether a user's subclass of a stock layer carries further layers (an adapter, say)."""
+    return not (is_factorised(module) or isinstance(module, nn.MultiheadAttention))
+
+
+def count_params(module: nn.Module) -> int:
+    """Return the number of parameters of a module: shared ones once, uninitialised ones as none."""
+    return sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter))
+
+
+def count_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module's state as it is saved: parameters and persistent buffers, shared ones once."""
+    kept = (
+        (key, value)
+        for part in module.modules()
+        for key, value in (*part._parameters.items(), *part._buffers.items())
+        if key not in part._non_persistent_buffers_set
+    )
+    found = [value for _, value in kept if isinstance(value, Tensor) and not is_lazy(value)]
+    tensors = {tensor.data_ptr() or id(tensor): tensor for tensor in found}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+@contextmanager
+def left_alone(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode without gradients; give back flags, buffers and random state as they were."""
+    buffers = [
+        (module, key, buffer, buffer.clone())
+        for module in model.modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    device = device_of(model)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    try:
+        with evaluating(model), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            # The fused path of the transformer layers reads weights without calling the layers that hold them.
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        with torch.no_grad():
+            for module, key, buffer, before in buffers:
+                module._buffers[key] = buffer.copy_(before)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Call what `torch.compile` returned as it was before: hooks see every layer, and nothing is compiled."""
+    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+        # about the hooks of the counter, which do no harm to a model that runs eagerly
+        warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
+        yield
