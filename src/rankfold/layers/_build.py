@@ -48,7 +48,7 @@ def hollow(owner: type[L], dense: Any, arguments: Mapping[str, Any], device: Dev
     """
     layer = owner(**arguments, device="meta", dtype=dense.weight.dtype)
     layer = take_over(place(layer, dense.weight.device if device is None else device), dense)
-    if dense.weight.dim() == 4 and dense.weight.stride(1) == 1 < dense.weight.shape[1]:
+    if dense.weight.dim() == 4 and not dense.weight.is_contiguous() and dense.weight.stride(1) == 1:
         for stage in layer.modules():
             if isinstance(stage, nn.Conv2d):
                 stage.to(memory_format=torch.channels_last)
