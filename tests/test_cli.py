@@ -112,12 +112,26 @@ def test_measure_of_a_model_that_takes_tokens():
 
 
 def test_plan_prints_and_writes_the_same_plan():
-    result = done("plan", "shop:model", *SIZES, "--params", "0.5", "--macs", "0.9", "--json", "--out", "plan.json")
+    limits = ("--params", "0.5", "--macs", "0.9", "--bytes", "0.8")
+    result = done("plan", "shop:model", *SIZES, *limits, "--json", "--out", "plan.json")
     plan = Plan.from_json(result.stdout)
     assert plan == Plan.from_json(Path("plan.json").read_text())
     assert plan.params <= 0.5 * plan.dense_params
-    assert plan.budget.limits == {"params": 0.5, "macs": 0.9}
+    assert plan.budget.limits == {"params": 0.5, "macs": 0.9, "bytes": 0.8}
     assert "wrote plan.json" in result.stderr
+
+
+def test_a_latency_arrives_in_the_budget(monkeypatch):
+    seen = {}
+
+    def spy(model, **options):
+        seen.update(options)
+        return model, Plan({})
+
+    monkeypatch.setattr(_given, "compress", spy)
+    monkeypatch.setattr("rankfold.cli._commands.save", lambda *_: None)
+    done("compress", "shop:model", *SIZES, "--latency", "0.6", "--out", "small.safetensors")
+    assert seen["budget"].limits == {"latency": 0.6}
 
 
 def test_every_option_of_the_planner_arrives(monkeypatch):

@@ -73,6 +73,7 @@ def plan(  # noqa: PLR0913
     device: o.Device = "cpu",
     params: o.Params = None,
     macs: o.Macs = None,
+    bytes_: o.Bytes = None,
     methods: o.Methods = "svd,tucker",
     rule: o.Rule = "optimal",
     include: o.Include = None,
@@ -88,7 +89,7 @@ def plan(  # noqa: PLR0913
 ) -> None:
     """Choose a method and a rank for every layer within a budget; nothing is changed."""
     fresh(out, force)
-    options = search(params, macs, methods, rule, include, exclude, multiple, metric)
+    options = search(params, macs, bytes_, None, methods, rule, include, exclude, multiple, metric)
     given = input_of(example, dtype, data)
     source = model_of(model, weights, device)
     if init != "random":
@@ -112,6 +113,8 @@ def compress(  # noqa: PLR0913
     device: o.Device = "cpu",
     params: o.Params = None,
     macs: o.Macs = None,
+    bytes_: o.Bytes = None,
+    latency: o.Latency = None,
     methods: o.Methods = "svd,tucker",
     rule: o.Rule = "optimal",
     include: o.Include = None,
@@ -132,7 +135,7 @@ def compress(  # noqa: PLR0913
     needs_input = plan_file is None or report_file is not None or data is not None
     given = input_of(example, dtype, data, batches=batches) if needs_input else {}
     if plan_file is None:
-        options = search(params, macs, methods, rule, include, exclude, multiple, metric)
+        options = search(params, macs, bytes_, latency, methods, rule, include, exclude, multiple, metric)
     else:
         refuse_search(ctx)
         ready = Plan.from_json(plan_file.read_text(encoding="utf-8"))

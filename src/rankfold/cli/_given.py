@@ -47,6 +47,8 @@ def one_example(given: dict[str, Any]) -> Any:
 def search(  # noqa: PLR0913
     params: float | None,
     macs: float | None,
+    bytes_: float | None,
+    latency: float | None,
     methods: str,
     rule: str,
     include: list[str] | None,
@@ -55,10 +57,12 @@ def search(  # noqa: PLR0913
     metric: str,
 ) -> dict[str, Any]:
     """Return the options of the planner as keyword arguments of `plan`."""
-    if params is None and macs is None and rule != "evbmf":  # which finds ranks without a budget
-        raise SourceError("say how much to keep: --params 0.5, --macs 0.5 or both")
+    limits = {"params": params, "macs": macs, "bytes": bytes_, "latency": latency}
+    given = {quantity: share for quantity, share in limits.items() if share is not None}
+    if not given and rule != "evbmf":  # which finds ranks without a budget
+        raise SourceError("say how much to keep: --params 0.5, --macs 0.5, --bytes 0.5, --latency 0.5 or several")
     return {
-        "budget": None if params is None and macs is None else Budget(params=params, macs=macs),
+        "budget": Budget(**given) if given else None,
         "methods": words(methods),
         "rule": rule,
         "include": tuple(include or ()),
@@ -72,7 +76,7 @@ def refuse_search(ctx: typer.Context) -> None:
     """Refuse the options of the planner beside a plan that is there."""
     for name in (*inspect.signature(search).parameters, "recalibrate"):
         if was_given(ctx, name):
-            raise SourceError(f"--plan already says what becomes of every layer: leave --{name} out")
+            raise SourceError(f"--plan already says what becomes of every layer: leave --{name.strip('_')} out")
 
 
 def was_given(ctx: typer.Context, name: str) -> bool:

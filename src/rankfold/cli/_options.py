@@ -48,6 +48,13 @@ Params: TypeAlias = Annotated[
 Macs: TypeAlias = Annotated[
     float | None, typer.Option("--macs", metavar="FRACTION", help="Multiply-adds to keep, 0 < x <= 1.")
 ]
+Bytes: TypeAlias = Annotated[
+    float | None, typer.Option("--bytes", metavar="FRACTION", help="Bytes of the saved model to keep, 0 < x <= 1.")
+]
+Latency: TypeAlias = Annotated[
+    float | None,
+    typer.Option("--latency", metavar="FRACTION", help="Latency to keep, 0 < x <= 1, measured on this machine."),
+]
 Methods: TypeAlias = Annotated[
     str, typer.Option("--methods", metavar="LIST", help="Methods the planner may mix: svd, tucker, cp, tt.")
 ]
