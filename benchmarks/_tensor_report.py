@@ -17,7 +17,9 @@ NOTES = f"""## How to read this
 
 - Times are medians over interleaved rounds. A contestant more than four times slower than the fastest runs in the
   first rounds only, one that also takes longer than a second once, and not again with the second allocator.
-- `by hand` is the fastest of the best orders that the search has found, timed anew in the same race.
+- `by hand` is the fastest of the best orders that the search has found, timed anew in the same race. `(duel)`:
+  the race left Rankfold behind it by more than 5 %, and the ratio is that of a second race of these two alone, of 9 to
+  25 rounds; the times beside it are still those of the first.
 - `peer` is the fastest layer of another library. A tie is a difference below {NOISE:.0%}, or below both
   spreads together.
 - Peak is what torch's allocator hands out during a call beyond what was there before: outputs, intermediates, and in
@@ -32,7 +34,8 @@ def table_row(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row of the main table."""
     dense, ours, by_hand = row["dense"], row["ours"], row["by hand"]
     name, peer = min(row["peers"].items(), key=lambda item: item[1]["seconds"], default=("", None))
-    over = ours["seconds"] / by_hand["seconds"]
+    duel = row.get("duel") or {"ours": ours, "by hand": by_hand}
+    over = duel["ours"]["seconds"] / duel["by hand"]["seconds"]
     faster = peer["seconds"] / ours["seconds"] if peer else None
     noise = max(NOISE, ours["spread"] + peer["spread"]) if peer else NOISE
     cells = {"layer": row["row"], "mode": row["mode"], "allocator": row["allocator"]}
@@ -41,7 +44,7 @@ def table_row(row: dict[str, Any]) -> dict[str, Any]:
     cells["best peer"] += f" ({name})" if peer else ""
     cells |= {
         "dense / ours": f"{dense['seconds'] / ours['seconds']:.2f}",
-        "ours / by hand": f"{over:.2f}",
+        "ours / by hand": f"{over:.2f}{' (duel)' if row.get('duel') else ''}",
         "goal": verdict(over, BY_HAND, most=True),
         "peer / ours": f"{faster:.2f}" if faster else "-",
         "goal ": "" if faster is None else "tie" if abs(faster - 1) < noise else verdict(faster, PEER),
