@@ -127,7 +127,8 @@ class TTEmbedding(TTLayer):
     def _rows(self, indices: Tensor) -> Tensor:
         plan = self._plans[bucket_of(indices.shape[0])]
         rows = table_rows(list(self.cores), self._train.in_shape, indices, plan)
-        return rows[:, : self.embedding_dim]
+        # a slice of everything would cost a copy of the gradient
+        return rows if rows.shape[1] == self.embedding_dim else rows[:, : self.embedding_dim]
 
     @property
     def weight(self) -> Tensor:
