@@ -52,15 +52,20 @@ def batch_target(batch: Any) -> Any:
     return None
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors inside nested tuples, lists and mappings, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, tuple | list):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return []
+
+
 def first_tensor(value: Any) -> Tensor | None:
     """Return the first tensor inside nested tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, Mapping):
-        value = tuple(value.values())
-    if isinstance(value, tuple | list):
-        return next((found for item in value if (found := first_tensor(item)) is not None), None)
-    return None
+    return next(iter(tensors_in(value)), None)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

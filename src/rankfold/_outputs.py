@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold._batches import batch_arguments, device_of, to_device
+from rankfold._batches import batch_arguments, device_of, tensors_in, to_device
 from rankfold._modes import evaluating
 
 
@@ -88,14 +88,6 @@ def _rows(output: Tensor) -> Tensor:
     return output.reshape(-1, output.shape[-1]) if output.dim() > 1 else output.reshape(-1, 1)
 
 
-def output_tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the floating-point tensors inside nested tuples, lists and mappings, in their order."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from output_tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from output_tensors(item)
+def output_tensors(value: Any) -> list[Tensor]:
+    """Return the floating-point tensors inside nested tuples, lists and mappings, in their order."""
+    return [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from rankfold._atomic import atomic_path
-from rankfold._batches import device_of, example_arguments, to_device
+from rankfold._batches import device_of, example_arguments, tensors_in, to_device
 from rankfold._modes import evaluating
 from rankfold.errors import ExportError
-from rankfold.runtimes import Run, eager, onnx_bytes, onnx_run, quiet_export, tensors_in
+from rankfold.runtimes import Run, eager, onnx_bytes, onnx_run, quiet_export
 
 Write: TypeAlias = Callable[[nn.Module, Any], bytes]
 Load: TypeAlias = Callable[[str, Any], Run]

@@ -13,11 +13,10 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from rankfold._batches import device_of, example_arguments, to_device
+from rankfold._batches import device_of, example_arguments, tensors_in, to_device
 from rankfold._copies import copy_with
 from rankfold.errors import LayerError
 from rankfold.layers import is_factorised
-from rankfold.runtimes import tensors_in
 from rankfold.stats import left_alone, uncompiled
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

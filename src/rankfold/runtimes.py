@@ -10,9 +10,9 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from rankfold._batches import device_of, example_arguments, to_device
+from rankfold._batches import device_of, example_arguments, tensors_in, to_device
 from rankfold.errors import DataError, ExportError
 
 Run: TypeAlias = Callable[[], Any]
@@ -35,17 +35,6 @@ def quiet_export() -> Iterator[None]:
             warnings.filterwarnings("ignore", category=category, module=MACHINERY)
         warnings.filterwarnings("ignore", message=STALE_WEIGHTS, category=UserWarning)
         yield
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors inside nested tuples, lists and mappings, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, tuple | list):
-        return [tensor for item in value for tensor in tensors_in(item)]
-    return []
 
 
 def onnx_bytes(model: nn.Module, example: Any, *, opset: int = OPSET) -> bytes:
