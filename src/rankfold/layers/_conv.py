@@ -136,11 +136,17 @@ def grouped(weight: Tensor, groups: int) -> Tensor:
     return weight.reshape(groups, -1, *weight.shape[1:])
 
 
+def padded(input: Tensor, shape: ConvShape) -> Tensor:
+    """Return the input with its margins, filled as the padding mode says."""
+    mode = "constant" if shape.padding_mode == "zeros" else shape.padding_mode
+    return functional.pad(input, shape.margins, mode=mode)
+
+
 def convolve(input: Tensor, kernel: Tensor, bias: Tensor | None, shape: ConvShape) -> Tensor:
     """Convolve with the kernel `(out, in/groups, kernel…)` as the stock module with these options does."""
     padding = shape.padding
     if shape.padding_mode != "zeros":
-        input = functional.pad(input, shape.margins, mode=shape.padding_mode)
+        input = padded(input, shape)
         padding = (0,) * len(shape.kernel_size)
     run = CONVOLVE[len(shape.kernel_size)]
     return run(input, kernel, bias, shape.stride, padding, shape.dilation, shape.groups)

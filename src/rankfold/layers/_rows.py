@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from rankfold.layers._conv import ConvShape
+from rankfold.layers._conv import ConvShape, padded
 from rankfold.layers._refusal import CONV1D, STOCK_TYPES, qualified_name
 from rankfold.layers._table import is_factorised
 
@@ -113,7 +112,7 @@ def _patch_rows(shape: ConvShape, source: Tensor, output: Tensor, patches: int, 
     if source.dim() == axes + 1:  # a single image
         source, output = source[None], output[None]
     if any(shape.margins):
-        source = functional.pad(source, shape.margins, mode=_pad_mode(shape))
+        source = padded(source, shape)
     images, size = source.shape[0], output.shape[2:]
     places = _places(images, size.numel(), patches, seed).to(source.device)
     index = _pixels(shape, places, size, source.shape[2:])
@@ -122,10 +121,6 @@ def _patch_rows(shape: ConvShape, source: Tensor, output: Tensor, patches: int, 
     inputs = found.permute(1, 0, 3, 2, 4).reshape(shape.groups, places.numel(), shape.fan_in)
     outputs = output.flatten(2).gather(2, places[:, None].expand(-1, output.shape[1], -1))
     return Rows(inputs, outputs.transpose(1, 2).reshape(places.numel(), -1))
-
-
-def _pad_mode(shape: ConvShape) -> str:
-    return "constant" if shape.padding_mode == "zeros" else shape.padding_mode
 
 
 def _places(images: int, positions: int, patches: int, seed: int) -> Tensor:
