@@ -126,7 +126,7 @@ def recalibrate(  # noqa: PLR0913
         >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
         >>> small, _ = rf.compress(model, example=torch.ones(1, 16), budget=rf.Budget(params=0.5))
         >>> data = [torch.randn(64, 16, generator=torch.Generator().manual_seed(0))]
-        >>> better = recalibrate(small, model, data, watch=lambda done: print(done.error_after < done.error_before))
+        >>> better = recalibrate(small, model, data, watch=lambda done: print(done.error_after <= done.error_before))
         True
     """
     _check(damping, per_pass, memory)
