@@ -16,7 +16,7 @@ METHODS = {
 }
 # Colours of Okabe and Ito (2008), told apart with any colour vision.
 COLOURS = dict(zip(METHODS, "#d55e00 #0072b2 #56b4e9 #cc79a7 #222222".split(), strict=True))
-DENSE_PARAMS = 2 * 384 * 1536 + 1536 + 384
+DENSE_PARAMS, BLOCKS = 2 * 384 * 1536 + 1536 + 384, 6
 
 
 def line(row: Row) -> str:
@@ -24,49 +24,61 @@ def line(row: Row) -> str:
     if row["method"] == "dense":
         return f"dense | Spearman {row['spearman']:.2f}"
     head = f"block {row['block']} | rank {row['rank']} | {row['method']} | {row['params']} | {row['seconds']:.0f} s"
-    return f"{head} | error {row['error']:.3f} | Spearman {row['spearman']:.2f}"
+    return f"{head} | error {row['error']:.3f}" + (f" | Spearman {row['spearman']:.2f}" if "spearman" in row else "")
+
+
+def _cases(rows: Rows) -> dict[tuple[str, int], list[Row]]:
+    """Return the rows that have a score, by block and rank."""
+    cases: dict[tuple[str, int], list[Row]] = {}
+    for row in rows.values():
+        if row["method"] != "dense" and "spearman" in row:
+            cases.setdefault((str(row["block"]), row["rank"]), []).append(row)
+    return dict(sorted(cases.items()))
 
 
 def write_table(rows: Rows, path: Path) -> None:
     """Write error and score, block by block and rank by rank."""
     dense = rows["dense"]["spearman"]
     parts = [
-        f"One MLP block of {DENSE_PARAMS:,} parameters replaced, nothing trained after. Error: of the block's values",
-        "on held-out tokens, relative, from their mean. Spearman: in per cent on the 1,000 pairs of STS-B dev that",
-        f"nothing was fitted on (dense: {dense:.2f}). Bold: the best of its block and size. Seconds of processor time.",
+        f"MLP blocks of {DENSE_PARAMS:,} parameters replaced, one at a time or all six at once, nothing trained after.",
+        "Error: of a block's values on held-out tokens of the dense encoder, relative, from their mean; of all six,",
+        "their mean. Spearman: in per cent on the 1,000 pairs of STS-B dev that nothing was fitted on (dense:",
+        f"{dense:.2f}). Bold: the best of its block and size. Seconds of processor time.",
         "",
     ]
     lines = []
-    done = [row for row in rows.values() if row["method"] != "dense"]
-    for block, rank in sorted({(row["block"], row["rank"]) for row in done}):
-        group = [row for row in done if (row["block"], row["rank"]) == (block, rank)]
+    for (block, _), group in _cases(rows).items():
         best = max(row["spearman"] for row in group), min(row["error"] for row in group)
+        whole = DENSE_PARAMS * (1 if block.isdigit() else BLOCKS)
         for row in group:
             score, error = f"{row['spearman']:.2f}", f"{row['error']:.3f}"
             score = f"**{score}**" if row["spearman"] == best[0] else score
             error = f"**{error}**" if row["error"] == best[1] else error
-            times = f"{DENSE_PARAMS / row['params']:.1f}"
-            cells = [str(block), METHODS[row["method"]], f"{row['params']:,}", times, error, score]
+            cells = [block, METHODS[row["method"]], f"{row['params']:,}", f"{whole / row['params']:.1f}", error, score]
             lines.append([*cells, f"{row['seconds']:.0f}"])
     headings = ("block", "method", "parameters", "times fewer", "error", "Spearman", "seconds")
     path.write_text("\n".join([*parts, *markdown(headings, lines)]) + "\n", encoding="utf-8")
 
 
 def write_plot(rows: Rows, path: Path) -> None:
-    """Draw, for each block and size, the error of the block and the score of the encoder, method by method."""
-    done = [row for row in rows.values() if row["method"] != "dense"]
-    cases = sorted({(row["block"], row["rank"]) for row in done})
-    figure, axes = panels(2 * len(cases), width=12, height=3)
-    for k, case in enumerate(cases):
-        group = {row["method"]: row for row in done if (row["block"], row["rank"]) == case}
-        names = [METHODS[method] for method in group]
+    """Draw the errors of single blocks, and the score with one and with all of them replaced, method by method."""
+    cases = _cases(rows)
+    blocks = list(dict.fromkeys(block for block, _ in cases))
+    figure, axes = panels(2 * len(blocks), width=4.2 * len(blocks), height=3.2)
+    for k, block in enumerate(blocks):
         for axis, key in zip(axes[2 * k : 2 * k + 2], ("error", "spearman"), strict=True):
-            axis.scatter([row[key] for row in group.values()], names, c=[COLOURS[method] for method in group])
-            axis.set_title(
-                f"Block {case[0]}: {'Spearman (%)' if key == 'spearman' else key}", loc="left", fontsize=10.5
-            )
-            axis.invert_yaxis()
-            if axis is not axes[0]:
-                axis.set_yticklabels([])
-        axes[2 * k + 1].axvline(rows["dense"]["spearman"], color="#222222", lw=1, ls=":")
-    finish(figure, "One MLP block of all-MiniLM-L6-v2 with 46 times fewer parameters (dotted: dense)", path)
+            for method, name in METHODS.items():
+                points = [
+                    (row["params"], row[key])
+                    for (b, _), group in cases.items()
+                    for row in group
+                    if (b, row["method"]) == (block, method)
+                ]
+                axis.plot(*zip(*sorted(points), strict=True), "o-", color=COLOURS[method], label=name)
+            unit = "Spearman (%)" if key == "spearman" else key
+            axis.set_title(f"{'all blocks' if block == 'all' else f'block {block}'}: {unit}", loc="left", fontsize=10)
+            axis.set(xlabel="parameters", xscale="log")
+        axes[2 * k + 1].axhline(rows["dense"]["spearman"], color="#222222", lw=1, ls=":")
+        axes[2 * k].set_yscale("log")
+    axes[0].legend(frameon=False, fontsize=7)
+    finish(figure, "MLP blocks of all-MiniLM-L6-v2 replaced (dotted: dense)", path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,11 +20,13 @@ import rankfold as rf
 from reproduce import datasets, harness
 from reproduce.flexible_activations.baselines import affine, regression, truncated
 from reproduce.flexible_activations.sentences import drawing
+from reproduce.flexible_activations.sentences.drawing import METHODS
 from reproduce.harness import Row
 from reproduce.planning.minilm.model import Judge, Texts, pretrained
 from reproduce.training import outputs, params
 
-BLOCKS, RANKS = (2, 5), (32,)
+BLOCKS, RANKS = (2, 5), (32, 128)
+ALL = "all"  # six blocks at once
 CALIBRATION = 500  # of the 1,500 pairs; the others judge
 SAMPLES, ROWS, HELD = 512, 10_000, 2_000  # tokens for the Jacobians, for all that is fitted, for the error
 PASSES = 30
@@ -63,12 +65,13 @@ class Experiment:
         wanted, got = outputs(self.block, self.held), outputs(block, self.held)
         return float((got - wanted).norm() / (wanted - wanted.mean(0)).norm())
 
-    def spearman(self, block: nn.Module) -> float:
-        """Return the score of the encoder with another block in this one's place."""
+    def spearman(self, blocks: Mapping[int, nn.Module]) -> float:
+        """Return the score of the encoder with other blocks in the places of these."""
         changed = copy.deepcopy(self.model)
-        layer = changed.bert.encoder.layer[self.number]
-        layer.intermediate.dense, layer.output.dense = block, nn.Identity()
-        layer.intermediate.intermediate_act_fn = nn.Identity()
+        for number, block in blocks.items():
+            layer = changed.bert.encoder.layer[number]
+            layer.intermediate.dense, layer.output.dense = block, nn.Identity()
+            layer.intermediate.intermediate_act_fn = nn.Identity()
         return self.judge(changed)
 
     def flexible(self, rank: int) -> nn.Module:
@@ -115,16 +118,27 @@ def measure(rows: harness.Rows, keep: harness.Keep) -> None:
     if "dense" not in rows:
         keep("dense", {"method": "dense", "spearman": run.judge(run.model)})
     for rank in RANKS:
-        for number in BLOCKS:
+        made: dict[str, dict[int, nn.Module]] = {method: {} for method in METHODS}
+        for number in range(len(run.model.bert.encoder.layer)):
             run.take(number)
             for method, make in run.methods(rank).items():
-                if f"{number} {rank} {method}" in rows:
+                key = f"{number} {rank} {method}"
+                if f"{ALL} {rank} {method}" in rows:
                     continue
                 start = time.process_time()
-                block = make()
+                block = made[method][number] = make()
                 row: Row = {"block": number, "rank": rank, "method": method, "params": params(block)}
                 row |= {"seconds": round(time.process_time() - start, 1), "error": round(run.error(block), 4)}
-                keep(f"{number} {rank} {method}", row | {"spearman": run.spearman(block)})
+                if key not in rows:
+                    score = {"spearman": run.spearman({number: block})} if number in BLOCKS else {}
+                    keep(key, row | score)
+        for method, blocks in made.items():
+            if blocks:
+                row = {"block": ALL, "rank": rank, "method": method, "params": sum(map(params, blocks.values()))}
+                few = [rows[f"{number} {rank} {method}"] for number in blocks]
+                row |= {name: round(sum(one[name] for one in few), 4) for name in ("seconds", "error")}
+                row["error"] = round(row["error"] / len(few), 4)  # the mean
+                keep(f"{ALL} {rank} {method}", row | {"spearman": run.spearman(blocks)})
 
 
 if __name__ == "__main__":
