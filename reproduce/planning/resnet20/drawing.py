@@ -28,7 +28,7 @@ STYLES = {
 }
 RULES = ("optimal", "uniform", "energy", "evbmf")
 METRICS = ("outputs", "weights", "fisher", "fwsvd", "asvd", "whitening")
-RECOMMENDED = ("mix", "optimal", "outputs", "squares")
+RECOMMENDED = ("mix", "optimal", "outputs", "calibrated")  # what `rf.compress` does with a loader and these methods
 HEADINGS = (
     "MACs ≤",
     "methods",
@@ -113,7 +113,7 @@ def _best(rows: Rows) -> tuple[list[str], list[list[str]]]:
             best = max(others, key=lambda row: stage_of(row, "decided")["top1"])
             name = f"{best['method']}, {best['rule']}, {best['metric']}, {best['objective']}"
             scores = [_score(row, "decided") for row in (mix, best)]
-            lines.append([f"{mix['budget']:.0%}", "optimal, squares", name, *scores])
+            lines.append([f"{mix['budget']:.0%}", "optimal, calibrated", name, *scores])
     return headings, lines
 
 
@@ -133,6 +133,7 @@ def _draw(axis: Axes, stage: str, rows: Rows) -> None:
     for method, (colour, marker, name) in STYLES.items():
         for metric, style in (("outputs", "-"), ("weights", "--")):
             wanted = (method, "optimal", metric, "squares")
+            wanted = RECOMMENDED if wanted[:3] == RECOMMENDED[:3] else wanted
             chosen = [row for row in ordered(rows) if _what(row) == wanted and stage in row]
             points = [(100 * row["macs_kept"], row[stage]["top1"]) for row in chosen]
             if points:
