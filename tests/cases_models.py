@@ -31,6 +31,19 @@ class Tied(nn.Module):
         return self.head(self.body(self.embed(tokens)))
 
 
+class TiedThrice(Tied):
+    """An embedding whose weight is that of two output layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(32, 50)
+        self.other.weight = self.embed.weight
+
+    def forward(self, tokens):
+        found = self.body(self.embed(tokens))
+        return self.head(found) + self.other(found)
+
+
 class WithDict(nn.Module):
     """A model that is called with keyword arguments and returns a mapping."""
 

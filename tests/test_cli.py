@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases_timing import FakeClock
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import rankfold
+from rankfold import promises, timings
 from rankfold.cli import _commands, _given, app
 from rankfold.planning import Plan
 from rankfold.stats import Stats, measure
@@ -37,6 +39,9 @@ def tokens():
 def data():
     torch.manual_seed(2)
     return [(torch.randn(4, 3, 8, 8), torch.arange(4)) for _ in range(3)]
+
+def generator():
+    yield from data()
 
 def no_data():
     return []
@@ -132,6 +137,35 @@ def test_a_latency_arrives_in_the_budget(monkeypatch):
     monkeypatch.setattr("rankfold.cli._commands.save", lambda *_: None)
     done("compress", "shop:model", *SIZES, "--latency", "0.6", "--out", "small.safetensors")
     assert seen["budget"].limits == {"latency": 0.6}
+
+
+TIMED = {
+    "example": (SIZES, []),
+    "data": (["--data", "shop:data"], ["--metric", "weights"]),
+    "generator, its inputs measured": (["--data", "shop:generator"], ["--batches", "2"]),
+    "from scratch": (SIZES, ["--init", "random", "--rule", "uniform"]),
+    "with another limit": (SIZES, ["--macs", "0.9"]),
+}
+
+
+@pytest.mark.parametrize("case", TIMED)
+def test_a_plan_within_a_latency_is_measured_in_the_whole_model(case, monkeypatch, tmp_path):
+    source, more = TIMED[case]
+    clock = FakeClock()
+    monkeypatch.setattr(timings, "time_models", clock)
+    monkeypatch.setattr(promises, "time_models", clock)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    plan = Plan.from_json(done("plan", "shop:model", *source, "--latency", "0.8", "--json", *more).stdout)
+    assert plan.budget.latency == 0.8
+    assert plan.measured.kept <= 0.8 * promises.TOLERATED
+    assert sum("small" in models for models, _ in clock.races) >= 1
+
+
+def test_a_latency_that_no_layer_allows_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(timings, "time_models", clock := FakeClock(lambda _: 1e-3))
+    monkeypatch.setattr(promises, "time_models", clock)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert "latency=1.0000" in fails("plan", "shop:model", *SIZES, "--latency", "0.5")
 
 
 def test_every_option_of_the_planner_arrives(monkeypatch):

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankfold import layers
+from rankfold.errors import LayerError
 
 few = settings(max_examples=8, deadline=None, derandomize=True)
 pytestmark = pytest.mark.filterwarnings(
@@ -107,4 +108,7 @@ def test_a_tied_head_is_the_transposed_table():
     assert head.down is embedding.down
     assert head.up is embedding.up
     assert embedding.tied_head().bias is None
+    head.weight = embedding.weight  # what it is already
+    with pytest.raises(LayerError, match="change the factors"):
+        head.weight = embedding.weight + 1
     assert not embedding.tied_head(bias=True).bias.any()

@@ -48,7 +48,7 @@ SIBLINGS = {  # the imports within a storey that the architecture allows
     },
     "searches": {"_chain", "_scores", "planning", "stats", "latency"},
     "pipeline": {"_chain", "searches", "planning", "stats", "latency"},
-    "train": {"surgery", "planning", "stats", "latency"},
+    "train": {"surgery", "planning", "stats", "latency", "folding"},
     "plots": {"reports"},
     "cli": {"demo"},
     "__main__": {"cli"},

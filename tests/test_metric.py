@@ -22,7 +22,7 @@ from rankfold.decompose import (
     svd,
 )
 from rankfold.errors import DecompositionError, LayerError, RankfoldError
-from rankfold.layers import Metric
+from rankfold.layers import Metric, TTEmbedding
 from rankfold.layers._metric import corrected_bias, output_error
 
 few = settings(max_examples=3, deadline=None, derandomize=True)
@@ -335,7 +335,7 @@ def test_bad_metrics_are_refused(form, case):
             call()
 
 
-@pytest.mark.parametrize("form", [f for f in FORMS if f[0].dense_type is nn.Embedding], ids=lambda f: form_name(f))
+@pytest.mark.parametrize("form", [f for f in FORMS if f[0] is TTEmbedding], ids=lambda f: form_name(f))
 def test_embeddings_take_no_metric(form):
     layer, options = form
     dense, _ = example_of(nn.Embedding)

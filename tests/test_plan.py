@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 import torch
-from cases_models import Attention, CalledTwice, Tied, WithDict, convnet, encoder, mlp, params
+from cases_models import Attention, CalledTwice, TiedThrice, WithDict, convnet, encoder, mlp, params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -205,8 +205,8 @@ class Mine(nn.Linear):
 
 
 SKIPPED = {
-    "tied": (Tied(), torch.zeros(1, 3, dtype=torch.long), "embed", "tied with 'head'"),
-    "tied head": (Tied(), torch.zeros(1, 3, dtype=torch.long), "head", "tied with 'embed'"),
+    "tied": (TiedThrice(), torch.zeros(1, 3, dtype=torch.long), "embed", "tied with 'head', 'other'"),
+    "tied head": (TiedThrice(), torch.zeros(1, 3, dtype=torch.long), "head", "tied with 'embed', 'other'"),
     "not called": (WithDict(), {"x": torch.ones(1, 24), "scale": 1}, "unused", "not called"),
     "attention": (Attention(), torch.ones(1, 5, 32), "attend", ""),
     "parametrised": (_parametrised(), torch.ones(1, 32), "0", ""),

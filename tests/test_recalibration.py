@@ -442,3 +442,18 @@ def test_an_interruption_leaves_both_models_as_they_were(monkeypatch):
     for net, state in zip((model, small), states, strict=True):
         assert_close(dict(net.state_dict()), dict(state), rtol=0, atol=0)
         assert all(module.training and not module._forward_hooks for module in net.modules())
+
+
+def test_dense_layers_behind_a_flexible_block():
+    """What comes after a flexible layer is fitted to its values, the layer itself and what is before it are not."""
+    model = nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16), nn.Linear(16, 5))
+    data = list(rows(4, 64, 12).float())
+    small = apply(model, rf.Plan({"1:3": rf.Choice("flexible", 4)}), init="random")
+    seen = []
+    better = recalibrate(small, model, data, watch=seen.append)
+    (done,) = seen
+    assert [layer.name for layer in done.layers] == ["4"]
+    assert done.error_after < done.error_before
+    assert output_error(model, better, data) < output_error(model, small, data)
+    for before, after in zip(small[1].parameters(), better[1].parameters(), strict=True):
+        assert torch.equal(before, after)

@@ -217,10 +217,61 @@ def test_plans_on_top_of_plans_are_all_remembered(tmp_path):
     torch.testing.assert_close(logits(loaded, example), logits(model, example), rtol=0, atol=0)
 
 
+def tied(name):
+    """A model whose head has the weight of its embedding, and the names of the two."""
+    model, example = made(name)
+    if name != "llama":
+        return model, example, *HEADS[name]
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    return model, example, *HEADS[name]
+
+
+HEADS = {
+    "llama": ("model.embed_tokens", "lm_head"),
+    "gpt2": ("transformer.wte", "lm_head"),
+    "bert": ("bert.embeddings.word_embeddings", "cls.predictions.decoder"),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_tied_head_stays_tied_from_saving_to_densifying(name, tmp_path):
+    model, example, table, head = tied(name)
+    small, plan = rf.compress(model, example=example, budget=rf.Budget(params=0.95), include=head)
+    assert (plan.layers[table].method, plan.layers[head].reason) == ("svd", f"follows {table!r}, whose weight it has")
+    assert params(small) == plan.params
+    small.tie_weights()
+    small.save_pretrained(tmp_path / "small")
+    automatic = type(model).from_pretrained(tmp_path / "small")
+    for loaded in (hub.from_pretrained(tmp_path / "small"), automatic):
+        assert loaded.get_submodule(head).down is loaded.get_input_embeddings().down
+        assert params(loaded) == plan.params
+        torch.testing.assert_close(logits(loaded, example), logits(small, example))
+    if name in LANGUAGE:
+        assert torch.equal(automatic.generate(TOKENS, **GENERATE), small.generate(TOKENS, **GENERATE, use_cache=False))
+    dense = rf.densify(automatic)
+    assert params(dense) == params(model)
+    dense.save_pretrained(tmp_path / "dense")
+    again = type(model).from_pretrained(tmp_path / "dense")
+    assert again.get_submodule(head).weight is again.get_input_embeddings().weight
+    torch.testing.assert_close(logits(again, example), logits(small, example), rtol=1e-4, atol=1e-5)
+
+
+def test_a_tied_table_is_loaded_without_its_head_and_with_it(tmp_path):
+    model, example, table, _ = tied("gpt2")
+    small = rf.apply(model, rf.Plan({table: rf.Choice("svd", rank=8)}))
+    small.save_pretrained(tmp_path)
+    body = transformers.AutoModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(body(**example)[0], small.transformer(**example)[0])
+    body.save_pretrained(tmp_path / "body")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "body")
+    torch.testing.assert_close(logits(whole, example), logits(small, example))
+
+
 def test_ties_are_kept_and_said():
-    _, small, plan, _ = compressed("gpt2")
+    _, small, plan, _ = compressed("gpt2", exclude="lm_head")
     assert small.lm_head.weight is small.transformer.wte.weight
-    assert plan.layers["lm_head"].reason == "weight is tied with 'transformer.wte'"
+    assert plan.layers["transformer.wte"].reason == "excluded"
 
 
 def damaged(config):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -17,15 +17,16 @@ from rankfold._outputs import output_error
 from rankfold.calibration import calibrate
 from rankfold.errors import DataError, PlanError
 from rankfold.latency import Timing
-from rankfold.planning import CALIBRATED, SQUARES, Budget, Candidates, Init, Plan, candidates
+from rankfold.planning import CALIBRATED, SQUARES, Blocks, Budget, Candidates, Init, Plan, candidates, check_blocks
 from rankfold.promises import plan_in_time
 from rankfold.recalibration import recalibrate
 from rankfold.stats import Stats, measure
 from rankfold.surgery import apply
 from rankfold.timings import time_layers
-from rankfold.train import reestimate_batchnorm
+from rankfold.train import flexible_candidates, reestimate_batchnorm
 
 TRIED = 4  # batches that a calibrated plan tries each layer on
+ROWS = 20_000  # inputs of a block that a flexible layer is fitted at
 AUTO = "auto"  # the objective of `compress` and `search` unless told otherwise
 
 
@@ -62,6 +63,26 @@ class Data:
             return self.example
         args, kwargs = next((batch_arguments(batch) for batch in self.loader), ((), {}))
         return args or kwargs or None
+
+
+def solved_blocks(  # noqa: PLR0913
+    model: nn.Module,
+    blocks: str | Sequence[str] | Blocks,
+    data: Data,
+    quantities: Sequence[str],
+    search: Mapping[str, Any],
+    init: str = "decompose",
+) -> Blocks:
+    """Return the solved layers of blocks: those given, or by name as `flexible_candidates` finds them on the data."""
+    if not blocks:
+        return {}
+    check_blocks(search["rule"], quantities, search["metric"], init)
+    if isinstance(blocks, Mapping):
+        return blocks
+    if data.loader is None:
+        raise PlanError("blocks= are solved for on data: pass a loader")
+    loader = data.loader if data.batches is None else list(islice(data.loader, data.batches))
+    return flexible_candidates(model, blocks, loader, rows=ROWS, seed=search["seed"])
 
 
 def planner(
@@ -126,6 +147,7 @@ class Builder:
         batchnorm: whether BatchNorm is re-estimated where that lowers the error of the outputs.
         seed: as in `apply`.
         executor: as in `apply`.
+        blocks: as in `apply`.
     """
 
     model: nn.Module
@@ -136,10 +158,12 @@ class Builder:
     batchnorm: bool
     seed: int
     executor: Executor | None
+    blocks: Blocks = field(default_factory=dict)
 
     def build(self, found: Plan) -> nn.Module:
         """Return the model of a plan."""
-        small = apply(self.model, found, stats=self.stats, init=self.init, seed=self.seed, executor=self.executor)
+        settings: dict[str, Any] = {"init": self.init, "seed": self.seed, "executor": self.executor}
+        small = apply(self.model, found, stats=self.stats, blocks=self.blocks, **settings)
         loader, batches = self.data.loader, self.data.batches
         if loader is None or self.init == "random":
             return small

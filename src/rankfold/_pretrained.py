@@ -9,11 +9,14 @@ from typing import Any
 from torch import nn
 
 from rankfold.errors import LayerError, RankfoldError, StoreError
-from rankfold.layers import BLOCKS, PROJECTIONS, SeparateAttention, is_factorised
+from rankfold.layers import BLOCKS, PROJECTIONS, LowRankEmbedding, SeparateAttention, TiedHead, is_factorised
 from rankfold.planning import Choice, Plan
 
 # transformers lets a method of quantisation replace layers before the weights are loaded, and finds it by this entry
 ENTRY, METHOD = "quantization_config", "rankfold"
+TIES = ("_tied_weights_keys", "all_tied_weights_keys")  # where their models keep the names of tied parameters
+TABLES = (TiedHead, LowRankEmbedding)
+WEIGHT, FACTORS = ".weight", (".down.weight", ".up.weight")
 BASE = "transformers.modeling_utils.PreTrainedModel"
 Rebuild = Callable[[nn.Module, Plan], nn.Module]
 
@@ -27,6 +30,7 @@ def remember(model: nn.Module) -> bool:
         LayerError: its configuration speaks of a quantised model.
     """
     told = False
+    retie(model)
     for module in _pretrained(model):
         config: Any = module.config
         before, now = getattr(config, ENTRY, None), description(module)
@@ -36,6 +40,7 @@ def remember(model: nn.Module) -> bool:
             setattr(config, ENTRY, now)
         elif _is_ours(before):
             delattr(config, ENTRY)
+            vars(config).pop("_pre_quantization_dtype", None)  # of transformers 4: no JSON, and only beside the entry
         told |= now is not None
     return told
 
@@ -47,6 +52,39 @@ def description(model: nn.Module) -> dict[str, Any] | None:
         return {"quant_method": METHOD, "block": blocks[0]}
     layers = dict(_choices(model))
     return {"quant_method": METHOD, "plan": json.loads(Plan(layers).to_json())} if layers else None
+
+
+def retie(model: nn.Module) -> None:
+    """Tell every Hugging Face model inside which parameters are tied now: factors, where a head follows its embedding.
+
+    `save_pretrained` then writes them once, and `from_pretrained` and `tie_weights` tie them.
+    """
+    for module in model.modules():
+        if _is_pretrained(module):
+            for entry in TIES:
+                known = getattr(module, entry, None)
+                if isinstance(known, dict | list) and (now := _retied(known, module)) != known:
+                    setattr(module, entry, now)
+
+
+def _retied(known: Any, model: nn.Module) -> Any:
+    """Return the names of tied parameters, {target: source} or a list of targets, as the heads of a model are now."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+
+    def whole(name: str) -> str:
+        """Return the name of a weight for that of one of its factors."""
+        layer = next((name.removesuffix(end) for end in FACTORS if name.endswith(end)), None)
+        ours = isinstance(modules.get(layer or ""), TABLES)
+        return f"{layer}{WEIGHT}" if layer and (ours or name.removesuffix(WEIGHT) not in modules) else name
+
+    found: dict[str, str] = {}
+    for target, source in known.items() if isinstance(known, dict) else dict.fromkeys(known, "").items():
+        head, table = (whole(name).removesuffix(WEIGHT) for name in (target, source))
+        if isinstance(modules.get(head), TABLES):
+            found |= {f"{head}{end}": f"{table}{end}" for end in FACTORS}
+        else:
+            found[whole(target)] = whole(source)
+    return found if isinstance(known, dict) else list(found)
 
 
 def plan_of(entry: Any) -> Plan:
@@ -93,7 +131,13 @@ def register(rebuild: Rebuild) -> None:
         """Replaces layers before the weights are loaded, and leaves a model that is not quantised."""
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-            model._modules.update(rebuild(model, _fitting(plan_of(self.quantization_config), model))._modules)
+            plan = _fitting(plan_of(self.quantization_config), model)
+            _tie(model)
+            model._modules.update(rebuild(model, plan)._modules)
+            retie(model)
+
+        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+            return model
 
         def postprocess_model(self, model: Any, **_: Any) -> None:
             for name in ("hf_quantizer", "is_quantized", "quantization_method"):
@@ -111,6 +155,14 @@ def register(rebuild: Rebuild) -> None:
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = RankfoldLayers
 
 
+def _tie(model: Any) -> None:
+    """Tie what is tied to the embeddings of a model without values: transformers does so only once they are loaded."""
+    for target, source in (getattr(model, TIES[1], None) or {}).items():
+        (layer, _, name), table = target.rpartition("."), model.get_submodule(source.rpartition(".")[0])
+        if isinstance(table, nn.Embedding):
+            setattr(model.get_submodule(layer), name, table.weight)
+
+
 def _is_ours(entry: Any) -> bool:
     held = entry if isinstance(entry, Mapping) else getattr(entry, "__dict__", {})
     return held.get("quant_method") == METHOD
@@ -118,11 +170,15 @@ def _is_ours(entry: Any) -> bool:
 
 def _pretrained(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the outermost Hugging Face models: those inside share their configuration."""
-    if any(f"{kind.__module__}.{kind.__qualname__}" == BASE for kind in type(model).__mro__):
+    if _is_pretrained(model):
         yield model
         return
     for child in model.children():
         yield from _pretrained(child)
+
+
+def _is_pretrained(module: nn.Module) -> bool:
+    return any(f"{kind.__module__}.{kind.__qualname__}" == BASE for kind in type(module).__mro__)
 
 
 def _choices(model: nn.Module) -> Iterator[tuple[str, Choice]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -14,9 +15,9 @@ from torch import nn
 from rankfold._outputs import output_error
 from rankfold._progress import track
 from rankfold.errors import DataError, PlanError
-from rankfold.planning import CALIBRATED, Candidates, Choice, Plan
+from rankfold.planning import CALIBRATED, Candidates, Choice, Contest, Plan
 from rankfold.stats import Stats
-from rankfold.surgery import apply
+from rankfold.surgery import apply, replace_block
 
 POINTS = (0.15, 0.4)  # errors of a layer at which the model is tried
 
@@ -35,7 +36,8 @@ def calibrate(
 
     Each layer alone is replaced by its choices whose errors are nearest to the points, and the outputs are compared
     with the dense model's. Between the points the damage follows a power of the layer's error, before the first its
-    square. Sums of these damages then are in one unit for all layers, whatever stands behind them.
+    square. Sums of these damages then are in one unit for all layers, whatever stands behind them. A layer that could
+    stand for a block is put in its place, and what that does is its damage.
 
     Args:
         found: candidates with errors, from `rankfold.planning.candidates`.
@@ -69,7 +71,8 @@ def calibrate(
         tried = _nearest(choices, points)
         measured = [_tried(model, name, choice, found.whole.metric, stats, data, seed) for _, choice in tried]
         layers[name] = _on_curve(choices, [error for error, _ in tried], measured)
-    return replace(found, layers=layers, whole=replace(found.whole, objective=CALIBRATED))
+    blocks = {name: _measured_block(model, name, contest, data) for name, contest in found.blocks.items()}
+    return replace(found, layers=layers, blocks=blocks, whole=replace(found.whole, objective=CALIBRATED))
 
 
 def _nearest(choices: Sequence[Choice], points: Sequence[float]) -> list[tuple[float, Choice]]:
@@ -85,6 +88,10 @@ def _tried(
     model: nn.Module, name: str, choice: Choice, metric: str, stats: Stats | None, data: list[Any], seed: int
 ) -> float:
     small = apply(model, Plan({name: choice}, metric=metric), stats=stats, seed=seed)
+    return _compared(model, small, name, choice, data)
+
+
+def _compared(model: nn.Module, small: nn.Module, name: str, choice: Choice, data: list[Any]) -> float:
     error = output_error(model, small, data)
     if not math.isfinite(error):
         raise DataError(
@@ -92,6 +99,15 @@ def _tried(
             f"(error {error}): give it more than one example, and outputs that are floating-point tensors"
         )
     return error
+
+
+def _measured_block(model: nn.Module, name: str, contest: Contest, data: list[Any]) -> Contest:
+    """Give the choices of a block their damage."""
+    choices = []
+    for choice, solved in zip(contest.choices, contest.solved, strict=True):
+        small = replace_block(model, name, copy.deepcopy(solved.layer))
+        choices.append(replace(choice, damage=_compared(model, small, name, choice, data) ** 2))
+    return replace(contest, choices=tuple(choices))
 
 
 def _on_curve(choices: Sequence[Choice], errors: Sequence[float], measured: Sequence[float]) -> tuple[Choice, ...]:

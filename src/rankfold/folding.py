@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from rankfold._batches import device_of, example_arguments, tensors_in, to_device
 from rankfold._copies import copy_with
 from rankfold.errors import LayerError
-from rankfold.layers import is_factorised
+from rankfold.layers import FlexibleActivation, is_factorised
 from rankfold.stats import left_alone, uncompiled
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -69,12 +69,12 @@ def fold_batchnorm(model: nn.Module, *, example: Any = None) -> nn.Module:
                 f"BatchNorm {names[id(norm)]!r} has no running statistics: it normalises every batch by itself, and "
                 "can't be folded; train it with track_running_stats=True"
             )
-        replacements[id(layer)] = _folded(layer, norm)
+        replacements[id(layer)] = folded(layer, norm)
         replacements[id(norm)] = nn.Identity()
-    folded = copy_with(model, replacements).eval()
+    result = copy_with(model, replacements).eval()
     if example is not None:
-        _check(model, folded, example)
-    return folded
+        _check(model, result, example)
+    return result
 
 
 def _pairs(model: nn.Module, example: Any) -> list[tuple[nn.Module, Any]]:
@@ -91,10 +91,10 @@ def _pairs(model: nn.Module, example: Any) -> list[tuple[nn.Module, Any]]:
 
 
 class _Tracer(fx.Tracer):
-    """Sees factorised layers as stock ones: from outside."""
+    """Sees factorised layers and flexible activations as stock ones: from outside."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_factorised(m) or super().is_leaf_module(m, module_qualified_name)
+        return is_factorised(m) or isinstance(m, FlexibleActivation) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _traced(model: nn.Module) -> fx.Graph | None:
@@ -216,8 +216,8 @@ def _is_plain(module: Any) -> bool:
     return plain and not hooked and not parametrize.is_parametrized(module)
 
 
-def _folded(layer: nn.Module, norm: Any) -> nn.Module:
-    """Return a copy of a layer with the BatchNorm in it, computed in float64."""
+def folded(layer: nn.Module, norm: Any) -> nn.Module:
+    """Return a copy of a layer with the BatchNorm after it in it, as it is in eval mode; computed in float64."""
     new = copy.deepcopy(layer)
     stage, wide = _stage_of(new), torch.float64
     with torch.no_grad():

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from rankfold._chain import AUTO, Builder, Data, planner
+from rankfold._chain import AUTO, Builder, Data, planner, solved_blocks
 from rankfold.errors import PlanError
 from rankfold.latency import Timing
-from rankfold.planning import CALIBRATED, SQUARES, Budget, Init, Plan, Select, plan
+from rankfold.planning import CALIBRATED, SQUARES, Blocks, Budget, Init, Plan, Select, plan
 from rankfold.searches import Evaluate, search
 from rankfold.stats import Stats
 
@@ -41,6 +41,7 @@ def compress(  # noqa: PLR0913
     timing: Timing | None = None,
     seed: int = 0,
     executor: Executor | None = None,
+    blocks: str | Sequence[str] | Blocks = (),
 ) -> tuple[nn.Module, Plan]:
     """Return a smaller model and the plan it was made by: `measure`, `plan` and `apply` in a row.
 
@@ -79,6 +80,10 @@ def compress(  # noqa: PLR0913
         timing: runtime, threads and duration of these measurements; by default eager PyTorch as it is set.
         seed: as in `plan` and `apply`.
         executor: as in `plan` and `apply`.
+        blocks: names "first:last" of blocks, stretches of linear layers or convolutions of kernel 1, that a flexible
+            layer may stand for where that is better than factorising their layers. Five are found for each from the
+            loader, with values fitted at 20,000 inputs, which takes minutes; or give what
+            `rankfold.train.flexible_candidates` found, with ranks and settings of your own.
 
     Raises:
         PlanError: a budget and `max_drop`, or only one of `max_drop` and `evaluate`.
@@ -106,16 +111,18 @@ def compress(  # noqa: PLR0913
         if max_drop is None or evaluate is None or budget is not None or init != "decompose":
             raise PlanError("max_drop= goes with evaluate=, without a budget and with init='decompose'")
         settings |= {"recalibrate": recalibrate, "batchnorm": batchnorm, "batches": batches, "mask": mask, "loss": loss}
-        settings |= {"example": example, "stats": stats, "timing": timing}
+        settings |= {"example": example, "stats": stats, "timing": timing, "blocks": blocks}
         found = search(model, loader, evaluate=evaluate, max_drop=max_drop, **settings)
         return found.model, found.plan
     data = Data.of(loader, example, batches, mask)
+    limited = tuple(budget.limits) if budget else ()
+    settings["blocks"] = found_blocks = solved_blocks(model, blocks, data, limited, settings, init)
     if stats is None:
         stats = data.stats(model, moments=loader is not None and init != "random" and metric != "weights", loss=loss)
     settings["init"] = init
     if budget is None and objective != CALIBRATED:
         made = plan(model, stats=stats, **{**settings, "objective": SQUARES if objective == AUTO else objective})
     else:
-        limited = tuple(budget.limits) if budget else ()
         made = planner(model, data, limited, timing, stats=stats, **settings)(budget)
-    return Builder(model, data, stats, init, recalibrate, batchnorm, seed, executor).build(made), made
+    builder = Builder(model, data, stats, init, recalibrate, batchnorm, seed, executor, found_blocks)
+    return builder.build(made), made

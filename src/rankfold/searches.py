@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from rankfold._atomic import atomic_path
-from rankfold._chain import AUTO, Builder, Data, planner
+from rankfold._chain import AUTO, Builder, Data, planner, solved_blocks
 from rankfold._modes import evaluating
 from rankfold._progress import track
 from rankfold._scores import Score, monotone, standard_error
 from rankfold.errors import BudgetError, PlanError, StoreError
 from rankfold.latency import Timing
-from rankfold.planning import QUANTITIES, Budget, Plan, Select
+from rankfold.planning import QUANTITIES, Blocks, Budget, Plan, Select
 from rankfold.stats import Stats
 
 EVALUATIONS = 12
@@ -112,6 +112,7 @@ def search(  # noqa: PLR0913
     timing: Timing | None = None,
     seed: int = 0,
     executor: Executor | None = None,
+    blocks: str | Sequence[str] | Blocks = (),
 ) -> SearchResult:
     """Find the smallest model whose score is at most `max_drop` below the dense model's.
 
@@ -156,6 +157,7 @@ def search(  # noqa: PLR0913
         timing: as in `compress`.
         seed: as in `compress`.
         executor: as in `compress`.
+        blocks: as in `compress`.
 
     Raises:
         BudgetError: no model that was tried keeps the promise; says which came closest. Or there are too few samples
@@ -176,13 +178,16 @@ def search(  # noqa: PLR0913
     """
     _check(max_drop, quantity, evaluations, margin)
     data = Data.of(loader, example, batches, mask)
+    solved = solved_blocks(model, blocks, data, (quantity,), {"rule": rule, "metric": metric, "seed": seed})
     if stats is None:
         stats = data.stats(model, moments=loader is not None and metric != "weights", loss=loss)
     settings: dict[str, Any] = {"methods": methods, "rule": rule, "metric": metric, "objective": objective}
     settings |= {"multiple": multiple, "include": include, "exclude": exclude, "seed": seed, "executor": executor}
+    settings["blocks"] = solved
     planned = planner(model, data, (quantity,), timing, stats=stats, **settings)
-    builder = Builder(model, data, stats, "decompose", recalibrate, batchnorm, seed, executor)
-    same = {"recalibrate": recalibrate, "batchnorm": batchnorm, "batches": batches, "seed": seed}
+    builder = Builder(model, data, stats, "decompose", recalibrate, batchnorm, seed, executor, solved)
+    same: dict[str, Any] = {"recalibrate": recalibrate, "batchnorm": batchnorm, "batches": batches, "seed": seed}
+    same |= {f"block {name}": [one.error for one in found] for name, found in solved.items()}
     record = _Record(resume, same if resume is None else {"model": _checksum(model), **same})
     run = _Search(evaluate, planned, builder, record, quantity, max_drop, margin)
     for _ in track(run.steps_until(evaluations), "Searching", total=evaluations):

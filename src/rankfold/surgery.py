@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankfold._copies import copy_with
 from rankfold._pretrained import register, remember
@@ -29,6 +29,8 @@ from rankfold.layers import (
 )
 from rankfold.planning import (
     INITS,
+    TIED_METHODS,
+    Blocks,
     Choice,
     Init,
     Plan,
@@ -40,8 +42,10 @@ from rankfold.planning import (
     near,
     planned_metric,
     run,
+    solved_block,
     stand_ins,
     structural_refusals,
+    tied_heads,
     without_values,
 )
 from rankfold.stats import Stats, walk
@@ -70,11 +74,13 @@ def apply(
     init: Init = "decompose",
     seed: int = 0,
     executor: Executor | None = None,
+    blocks: Blocks | None = None,
 ) -> nn.Module:
     """Return a new model with the plan's layers replaced; the model itself is not changed.
 
     The plan is checked against the whole model before anything is built. Layers that the plan leaves dense
-    or doesn't name are copied. Weights that are replaced are never copied, and a module that occurs in
+    or doesn't name are copied. Where an embedding is replaced, the linear layer that has its very weight becomes its
+    `tied_head`. Weights that are replaced are never copied, and a module that occurs in
     several places is replaced in all of them by one. Where a layer inside an `nn.TransformerEncoderLayer`
     is replaced, the copy's fused inference path, which reads dense weights, is switched off. Where the plan names
     a projection of an `nn.MultiheadAttention` ("attention.q_proj"), that attention is separated first, as
@@ -87,6 +93,7 @@ def apply(
         init: "decompose" the weights, or draw them at "random" to train from scratch.
         seed: seed of whatever is random in a decomposition or an initialisation; that of `plan` gives its errors.
         executor: build layers in parallel in this executor's workers; the result is the same.
+        blocks: what the plan was made from, where it chose a layer for a block: a plan names it, and holds no values.
 
     Raises:
         PlanError: the plan doesn't fit the model, or the statistics don't or lack what its metric needs.
@@ -101,17 +108,25 @@ def apply(
     """
     if init not in INITS:
         raise PlanError(f"init={init!r} is neither 'decompose' nor 'random'")
+    if blocks and init == "random":
+        raise PlanError("blocks= hold values that were found, and init='random' draws others: leave one of them out")
     model = with_named_projections(model, plan.layers)
-    layers = dict(walk(model))
+    layers, heads = dict(walk(model)), tied_heads(model)
     check_stats(layers, stats)
-    jobs = _checked(model, layers, plan, init, seed, stats)
-    blocks = _blocks(model, plan, init, seed)
-    _refuse_captured(model, {id(layers[job.name]) for job in jobs} | blocks.keys())
+    jobs = _checked(model, layers, heads, plan, init, seed, stats)
+    standing = _blocks(model, plan, blocks or {}, init, seed)
+    followers = {job.name: layers[heads[job.name]] for job in jobs if job.name in heads}
+    changed = {id(layers[job.name]) for job in jobs} | set(map(id, followers.values()))
+    _refuse_captured(model, changed | standing.keys())
     built = run(_build, jobs, executor=executor, description="Building layers")
+    replaced: dict[int, Any] = dict(standing)
     for job, new in zip(jobs, built, strict=True):
+        replaced[id(layers[job.name])] = new
         if type(layers[job.name]) is not type(job.layer):
             vars(new)[DENSE_TYPE] = type(layers[job.name])
-    small = copy_with(model, blocks | {id(layers[job.name]): new for job, new in zip(jobs, built, strict=True)})
+        if job.name in followers:
+            replaced |= _following(new, followers[job.name], job)
+    small = copy_with(model, replaced)
     if remember(small):
         with suppress(RankfoldError):  # an old version of transformers, which `rankfold.hub` would speak of
             register(partial(apply, init="random"))
@@ -154,15 +169,44 @@ def densify(model: nn.Module, *, methods: str | Collection[str] = ()) -> nn.Modu
     """
     wanted = (methods,) if isinstance(methods, str) else methods
     found = [layer for _, layer in walk(model) if is_factorised(layer)]
-    dense = {id(layer): _dense(layer) for layer in found if not wanted or layer.method in wanted}
+    dense: dict[int, Any] = {id(layer): _dense(layer) for layer in found if not wanted or layer.method in wanted}
     tables = {id(m.down): dense[id(m)] for m in model.modules() if isinstance(m, LowRankEmbedding) and id(m) in dense}
-    for head in model.modules():
-        if isinstance(head, TiedHead):
-            dense[id(head)] = _dense(head)
+    for head in [module for module in model.modules() if isinstance(module, TiedHead)]:
+        if id(head.down) in tables or not wanted:
+            new: Any = _dense(head)
             if id(head.down) in tables:
-                dense[id(head)].weight = tables[id(head.down)].weight
+                new.weight = tables[id(head.down)].weight
+            dense |= {id(head): new} | _bias_of(head, new)
     copied = copy_with(model, dense)
     return copied if wanted else joined_attention(copied)
+
+
+def _following(embedding: Any, head: Any, job: _Replacement) -> dict[int, Any]:
+    """Return what takes the place of the head of an embedding, and of its bias wherever else that is held."""
+    bias: Any = False
+    if head.bias is not None:
+        bias = True if job.init == "random" else _corrected(head, embedding, job.metric)
+    new = embedding.tied_head(bias).train(head.training)
+    if head.bias is not None:
+        new.bias.requires_grad_(head.bias.requires_grad)
+    return {id(head): new} | _bias_of(head, new)
+
+
+def _corrected(head: Any, embedding: Any, metric: Metric | None) -> Tensor:
+    """Return the bias `b + (W - W') E[x]` of a head for the table W' of an embedding; b where E[x] is not known."""
+    bias: Tensor = head.bias.detach()
+    if metric is None:
+        return bias
+    wide = torch.promote_types(bias.dtype, torch.float32)
+    mean = metric.mean[0].to(bias.device, wide)
+    down, up = (stage.weight.detach().to(wide) for stage in (embedding.down, embedding.up))
+    change: Tensor = head.weight.detach().to(wide) @ mean - down @ (up.T @ mean)
+    return (bias.to(wide) + change).to(bias.dtype)
+
+
+def _bias_of(head: Any, new: Any) -> dict[int, Any]:
+    """Return the new bias for the old one: other modules may hold it too, as the heads of BERT do."""
+    return {} if head.bias is None else {id(head.bias): new.bias}
 
 
 def _dense(layer: nn.Module) -> nn.Module:
@@ -171,10 +215,16 @@ def _dense(layer: nn.Module) -> nn.Module:
 
 
 def _checked(  # noqa: PLR0913
-    model: nn.Module, layers: Mapping[str, nn.Module], plan: Plan, init: Init, seed: int, stats: Stats | None
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    heads: Mapping[str, str],
+    plan: Plan,
+    init: Init,
+    seed: int,
+    stats: Stats | None,
 ) -> list[_Replacement]:
     """Return what there is to build, once the whole plan is known to fit the model."""
-    refused = structural_refusals(model)
+    refused = _refused(model, layers, heads, init)
     jobs = []
     for name, choice in plan.layers.items():
         if is_block(choice):
@@ -187,28 +237,41 @@ def _checked(  # noqa: PLR0913
         reason = refused.get(name) or _unfit(layer, init)
         if reason:
             raise PlanError(f"layer {name!r} ({type(layer).__name__}) can't be replaced: {reason}")
-        metric = planned_metric(plan, name, stats) if init == "decompose" else None
+        head = heads.get(name)
+        if head is not None and choice.method not in TIED_METHODS:
+            known = " or ".join(TIED_METHODS)
+            raise PlanError(f"layer {name!r} is tied with {head!r}: {known} can replace both, {choice.method!r} can't")
+        metric = planned_metric(plan, name, stats, layers, head) if init == "decompose" else None
         jobs.append(_checked_job(name, layer, choice, init, seed, metric))
     return jobs
 
 
-def _blocks(model: nn.Module, plan: Plan, init: Init, seed: int) -> dict[int, nn.Module]:
+def _refused(model: nn.Module, layers: Mapping[str, nn.Module], heads: Mapping[str, str], init: Init) -> dict[str, str]:
+    """Return why some layers can't be replaced; an embedding with a tied head can where both layers can."""
+    refused = structural_refusals(model)
+    for embedding, head in heads.items():
+        unfit = _unfit(layers[head], init)
+        refused[head] = f"weight is tied with {embedding!r}, whose choice stands for both: leave this one dense"
+        if unfit:
+            refused[embedding] = f"weight is tied with {head!r}, and there {unfit}"
+        else:
+            del refused[embedding]
+    return refused
+
+
+def _blocks(model: nn.Module, plan: Plan, blocks: Blocks, init: Init, seed: int) -> dict[int, nn.Module]:
     """Return what takes the place of each module of the plan's blocks, by id."""
     replaced: dict[int, nn.Module] = {}
     for name, choice in plan.layers.items():
         if not is_block(choice):
             continue
-        if init != "random":
-            raise PlanError(
-                f"block {name!r}: a {choice.method} layer is found from data, which a plan does not hold: call "
-                "rankfold.train.decouple, or use init='random'"
-            )
         block = block_modules(model, name)
         planned = [key for key in block if key in plan.layers and plan.layers[key].method != "dense"]
         if planned or replaced.keys() & {id(module) for module in block.values()}:
             raise PlanError(f"block {name!r}: the plan replaces one of its modules twice: leave it out once")
-        layer: Any = fresh_block(model, name, choice)
-        layer.reset_parameters(torch.Generator().manual_seed(layer_seed(name, seed)))
+        layer: Any = fresh_block(model, name, choice) if init == "random" else solved_block(model, name, choice, blocks)
+        if init == "random":
+            layer.reset_parameters(torch.Generator().manual_seed(layer_seed(name, seed)))
         replaced |= stand_ins(model, name, layer)
     return replaced
 

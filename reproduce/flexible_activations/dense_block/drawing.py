@@ -112,5 +112,5 @@ def _accuracies(axis: Axes, runs: list[Row]) -> None:
     dense = statistics.mean(_by_seed(runs))
     axis.axhline(dense, color="#222222", lw=1, ls=":")
     axis.set(xlabel="times fewer parameters", xscale="log", ylim=(dense - 8, dense + 1))
-    axis.set_xticks([10, 20, 50], ["10", "20", "50"])
+    axis.set_xticks([5, 10, 20, 50], ["5", "10", "20", "50"])
     axis.minorticks_off()

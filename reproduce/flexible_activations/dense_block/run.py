@@ -23,7 +23,7 @@ from reproduce.flexible_activations.dense_block import drawing
 from reproduce.harness import Row
 from reproduce.training import Batches, fitted, outputs, params, plain, scored
 
-SEEDS, RANKS = (0, 1, 2), (10, 50, 25)  # 50, 10 and 20 times fewer parameters
+SEEDS, RANKS = (0, 1, 2), (10, 50, 25, 100)  # 50, 10, 20 and 5 times fewer parameters
 EPOCHS, BATCH, LEARNING_RATE = 5, 128, 1e-3
 SAMPLES, ROWS = 1280, 20_000  # for the Jacobians; for the values, and for whatever the other methods fit
 PASSES = 30  # of the narrow ReLU block over these rows

@@ -74,6 +74,7 @@ def plan(  # noqa: PLR0913
     params: o.Params = None,
     macs: o.Macs = None,
     bytes_: o.Bytes = None,
+    latency: o.Latency = None,
     methods: o.Methods = "svd,tucker",
     rule: o.Rule = "optimal",
     include: o.Include = None,
@@ -87,9 +88,12 @@ def plan(  # noqa: PLR0913
     force: o.Force = False,
     as_json: o.Json = False,
 ) -> None:
-    """Choose a method and a rank for every layer within a budget; nothing is changed."""
+    """Choose a method and a rank for every layer within a budget; nothing is changed.
+
+    For --latency the layers are timed, and a model of the plan, with random weights, beside the dense one.
+    """
     fresh(out, force)
-    options = search(params, macs, bytes_, None, methods, rule, include, exclude, multiple, metric)
+    options = search(params, macs, bytes_, latency, methods, rule, include, exclude, multiple, metric)
     given = input_of(example, dtype, data)
     source = model_of(model, weights, device)
     if init != "random":

@@ -11,10 +11,11 @@ import typer
 from torch import nn
 
 from rankfold._batches import batch_arguments
+from rankfold._chain import Data, planner
 from rankfold.cli._sources import SourceError, called, example_of, fitting_input
 from rankfold.errors import DataError
 from rankfold.pipeline import compress
-from rankfold.planning import Budget, Plan
+from rankfold.planning import SQUARES, Budget, Plan
 from rankfold.planning import plan as make_plan
 from rankfold.stats import Stats
 from rankfold.stats import measure as measure_model
@@ -88,9 +89,22 @@ def was_given(ctx: typer.Context, name: str) -> bool:
 def planned(
     source: nn.Module, given: Mapping[str, Any], options: Mapping[str, Any], *, batches: int | None, seed: int
 ) -> Plan:
-    """Measure a model and plan it; data are read as a whole where the metric is not of the weights."""
+    """Measure a model and plan it; data are read as a whole where the metric is not of the weights.
+
+    A latency is that of the first batch, and kept in the whole model, as `compress` does.
+    """
     moments = options["metric"] != "weights" and options.get("init") != "random"
-    return make_plan(source, stats=measured(source, given, batches=batches, moments=moments), seed=seed, **options)
+    budget: Budget | None = options["budget"]
+    if budget is None or "latency" not in budget.limits:
+        return make_plan(source, stats=measured(source, given, batches=batches, moments=moments), seed=seed, **options)
+    data = Data.of(given.get("loader"), given.get("example"), batches, None)
+    kept = given if data.loader is None else {"loader": data.loader}
+    stats = measured(source, kept, batches=batches, moments=moments)
+    words = {name: value for name, value in options.items() if name != "budget"}
+    found = planner(
+        source, data, tuple(budget.limits), None, stats=stats, objective=SQUARES, seed=seed, executor=None, **words
+    )
+    return found(budget)
 
 
 def measured(source: nn.Module, given: Mapping[str, Any], *, batches: int | None, moments: bool) -> Stats:

@@ -6,9 +6,10 @@ from rankfold.layers._contract import Call, Cost, FactorisedLayer, Metric, Optio
 from rankfold.layers._conv_cp import CPConv1d, CPConv2d, CPConv3d
 from rankfold.layers._conv_svd import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from rankfold.layers._conv_tucker import TuckerConv1d, TuckerConv2d, TuckerConv3d
-from rankfold.layers._embedding import LowRankEmbedding, TiedHead
+from rankfold.layers._embedding import LowRankEmbedding, TiedHead, head_macs
 from rankfold.layers._fan_in import FanIns, fan_ins
-from rankfold.layers._flexible import BLOCKS, FlexibleActivation, FlexibleLinear
+from rankfold.layers._flexible import FlexibleActivation, FlexibleLayer, FlexibleLinear
+from rankfold.layers._flexible_conv import FlexibleConv1d, FlexibleConv2d, FlexibleConv3d, pointwise_twin
 from rankfold.layers._kronecker import KroneckerLinear
 from rankfold.layers._linear import LowRankLinear
 from rankfold.layers._refusal import factorisable, refusal, stock_twin, untwinned
@@ -16,7 +17,7 @@ from rankfold.layers._ring import TRLinear
 from rankfold.layers._rows import Rows, output_rows, row_size, rows_of
 from rankfold.layers._svd_form import SVDForm, SVDLinear
 from rankfold.layers._svd_form_conv import SVDConv1d, SVDConv2d, SVDConv3d
-from rankfold.layers._table import TABLE, dense_cost, is_factorised, layer_class, methods_for
+from rankfold.layers._table import BLOCKS, TABLE, block_class, dense_cost, is_factorised, layer_class, methods_for
 from rankfold.layers._tt_conv import TTConv1d, TTConv2d, TTConv3d
 from rankfold.layers._tt_embedding import TTEmbedding
 from rankfold.layers._tt_linear import TTLinear
@@ -33,6 +34,10 @@ __all__ = [
     "FactorisedLayer",
     "FanIns",
     "FlexibleActivation",
+    "FlexibleConv1d",
+    "FlexibleConv2d",
+    "FlexibleConv3d",
+    "FlexibleLayer",
     "FlexibleLinear",
     "KroneckerLinear",
     "LowRankConv1d",
@@ -62,14 +67,17 @@ __all__ = [
     "TuckerConv1d",
     "TuckerConv2d",
     "TuckerConv3d",
+    "block_class",
     "dense_cost",
     "factorisable",
     "fan_ins",
     "folded",
+    "head_macs",
     "is_factorised",
     "layer_class",
     "methods_for",
     "output_rows",
+    "pointwise_twin",
     "refusal",
     "row_size",
     "rows_of",

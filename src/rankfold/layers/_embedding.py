@@ -104,6 +104,11 @@ class LowRankEmbedding(MatrixLayer):
         """The dense table (num_embeddings, embedding_dim), rebuilt on every read (differentiable)."""
         return self.down.weight @ self.up.weight.T
 
+    @weight.setter
+    def weight(self, table: Tensor) -> None:
+        """Accept the table that it has, as `TiedHead.weight` does."""
+        _check_own(self, table)
+
     def squared_norm(self) -> Tensor:
         """Return the squared Frobenius norm of the table, from two rank x rank Gram matrices (differentiable)."""
         return product_norm(self.down.weight, self.up.weight.T)
@@ -147,7 +152,10 @@ class LowRankEmbedding(MatrixLayer):
 
     @classmethod
     def from_dense(cls, dense: nn.Module, *, rank: Rank, seed: int = 0, metric: Metric | None = None) -> Self:
-        """Decompose the table in float64; keeps options, dtype, device, mode and requires_grad; takes no metric."""
+        """Decompose the table in float64; keeps options, dtype, device, mode and requires_grad.
+
+        The inputs of an embedding are indices: a metric is that of the inputs of a head tied to it, never centred.
+        """
         layer = cls._hollow(dense, rank, None, {})
         rows, columns = layer.down.weight, layer.up.weight.T
         decompose_into(layer, dense, rows=rows, columns=columns, seed=seed, metric=metric)
@@ -194,23 +202,54 @@ class TiedHead(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
         """Apply the factors of the embedding, transposed."""
-        codes = functional.linear(input, self.up.weight.T)  # …, rank
+        codes = functional.linear(input, self._columns())  # …, rank
         return functional.linear(codes, self.down.weight, self.bias)  # …, rows of the table
 
     @property
     def weight(self) -> Tensor:
         """The dense table (num_embeddings, embedding_dim), rebuilt on every read (differentiable)."""
-        return self.down.weight @ self.up.weight.T
+        return self.down.weight @ self._columns()
+
+    @weight.setter
+    def weight(self, table: Tensor) -> None:
+        """Accept the table that it has, as transformers 4 ties a head by assignment; there is no place for another."""
+        _check_own(self, table)
 
     def to_dense(self) -> nn.Linear:
         """Return the `nn.Linear` that computes the same function, no longer tied."""
         dense = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.up.weight.dtype
+            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.down.weight.dtype
         )
-        dense = place(dense, self.up.weight.device).train(self.training)
+        dense = place(dense, self.down.weight.device).train(self.training)
         fill(dense, self.weight, self.bias)
         return dense
+
+    def _columns(self) -> Tensor:
+        """Return the second factor (rank, embedding_dim), as rounded where the stage is quantised."""
+        weight: Any = self.up.weight
+        columns: Tensor = weight.T if isinstance(weight, Tensor) else weight().dequantize().T
+        return columns
+
+    @property
+    def rank(self) -> int:
+        """The rank of the table."""
+        return self.up.in_features
+
+    def macs(self, calls: Sequence[Call]) -> int:
+        """Return the multiply-adds of some calls."""
+        return head_macs(self.out_features, self.in_features, calls, rank=self.rank)
 
     def extra_repr(self) -> str:
         """Return the sizes."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _check_own(layer: LowRankEmbedding | TiedHead, table: Tensor) -> None:
+    own = layer.down.weight @ layer.up.weight.T
+    if table.shape != own.shape or not (own.is_meta or torch.equal(table, own)):
+        raise LayerError(f"{type(layer).__name__}: its weight is a product: change the factors `down` and `up` instead")
+
+
+def head_macs(rows: int, dim: int, calls: Sequence[Call], *, rank: int) -> int:
+    """Return the multiply-adds of a `TiedHead` for a table (rows, dim): rank * (rows + dim) per vector."""
+    return rank * (rows + dim) * sum(math.prod(call.input[:-1]) for call in calls)

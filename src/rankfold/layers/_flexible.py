@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, ClassVar, final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,9 @@ from rankfold.decompose._bases import ELEMENTS, even_knots, values_of
 from rankfold.errors import LayerError
 from rankfold.layers._build import Device, copy_, fresh_bias_, named, place
 from rankfold.layers._contract import Cost, Options
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SPREAD = 0.5  # standard deviation of a fresh layer's coordinates, whose range is [-1, 1]
 
@@ -178,8 +180,86 @@ _CUBIC = [[1 / 6, 4 / 6, 1 / 6, 0], [-0.5, 0, 0.5, 0], [0.5, -1, 0.5, 0], [-1 / 
 _FAMILIES = {"piecewise": _piecewise, "legendre": _legendre, "chebyshev": _chebyshev, "spline": _spline}
 
 
+class FlexibleLayer(nn.Module):
+    """What flexible layers share: two stages of a stock kind without a kernel, and the activations between them.
+
+    The families say what the stages are, and along which dim of their values the neurons are.
+    """
+
+    method: ClassVar[str] = "flexible"
+    dense_type: ClassVar[type[nn.Module]]
+    kernel: ClassVar[tuple[int, ...]] = ()
+    """What the constructor of a stage takes after its two sizes."""
+
+    down: Any
+    up: Any
+
+    def __init__(
+        self, sizes: tuple[int, int], bias: bool, device: Device, dtype: torch.dtype | None, **neurons: Any
+    ) -> None:
+        super().__init__()
+        self.activation = FlexibleActivation(**neurons, device=device, dtype=dtype)
+        make: Any = self.dense_type
+        empty: dict[str, Any] = {"device": "meta", "dtype": dtype}
+        self.down = place(make(sizes[0], self.rank, *self.kernel, **empty), device)
+        self.up = place(make(self.rank, sizes[1], *self.kernel, bias=bias, **empty), device)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh values: coordinates well inside [-1, 1] and the output variance of a dense layer, for white input.
+
+        The activations begin as `FlexibleActivation.reset_parameters` says.
+        """
+        self.activation.reset_parameters()
+        if self.down.weight.is_meta:
+            return
+        chances = torch.linspace(0.0005, 0.9995, 1000, dtype=torch.float64, device="cpu")
+        u = SPREAD * math.sqrt(2) * torch.erfinv(2 * chances - 1)
+        with torch.no_grad():
+            hidden = self.activation(u[:, None].expand(-1, self.rank).to(self.down.weight))
+            power = float(hidden.double().square().mean())
+        for stage, variance in ((self.down, SPREAD**2), (self.up, 1 / 3 / power)):
+            bound = math.sqrt(3 * variance / stage.weight.shape[1])
+            fresh = torch.empty(stage.weight.shape, device="cpu").uniform_(-bound, bound, generator=generator)
+            copy_(stage.weight, fresh)
+        copy_(self.down.bias, torch.zeros(self.rank, device="cpu"))
+        fresh_bias_(self.up.bias, self.down.weight.shape[1], generator)
+
+    @classmethod
+    def from_linear(cls, layer: FlexibleLinear) -> Self:
+        """Return a layer that computes along its dim what a `FlexibleLinear` does along the last; values are copied."""
+        make: Any = cls
+        (out, _), (_, into) = layer.up.weight.shape, layer.down.weight.shape
+        where: dict[str, Any] = {"device": "meta", "dtype": layer.down.weight.dtype}
+        empty: Self = make(into, out, layer.up.bias is not None, **where, rank=layer.rank, **layer.options)
+        new = place(empty, layer.down.weight.device)  # no random numbers drawn
+        for name, source in layer.named_parameters():
+            parameter = new.get_parameter(name)
+            copy_(parameter, source.detach().reshape(parameter.shape))
+            parameter.requires_grad_(source.requires_grad)
+        return new.train(layer.training)
+
+    @property
+    def rank(self) -> int:
+        """The number of neurons."""
+        return self.activation.rank
+
+    @property
+    def options(self) -> Options:
+        """The basis of the activations, as the constructor takes it."""
+        return _options(self.activation.basis)
+
+    @classmethod
+    def cost(cls, into: int, out: int, rows: int, *, rank: int, **options: Any) -> Cost:
+        """Return the parameters of such a layer, and its multiply-adds for so many rows or positions (both factors)."""
+        make: Any = cls
+        twin: nn.Module = make(into, out, device="meta", rank=rank, **options)
+        params = sum(parameter.numel() for parameter in twin.parameters())
+        return Cost(params, rows * rank * (into + out))
+
+
 @final
-class FlexibleLinear(nn.Module):
+class FlexibleLinear(FlexibleLayer):
     """A stretch of a network as one layer of neurons with activations of their own, `f(x) = W g(V^T x + a) + b`.
 
     `Linear(in, rank)`, `FlexibleActivation(rank, basis)`, `Linear(rank, out)`: rank * (in + out + 1) weights and a
@@ -209,7 +289,7 @@ class FlexibleLinear(nn.Module):
         (torch.Size([2, 10]), 730)
     """
 
-    method: ClassVar[str] = "flexible"
+    dense_type: ClassVar[type[nn.Module]] = nn.Linear
 
     def __init__(  # noqa: PLR0913 (the signature of nn.Linear, then the options)
         self,
@@ -224,32 +304,9 @@ class FlexibleLinear(nn.Module):
         size: int = 8,
         element: str = "",
     ) -> None:
-        super().__init__()
+        neurons = {"rank": rank, "basis": basis, "size": size, "element": element}
+        super().__init__((in_features, out_features), bias, device, dtype, **neurons)
         self.in_features, self.out_features = in_features, out_features
-        self.activation = FlexibleActivation(rank, basis, size, element, device=device, dtype=dtype)
-        self.down = place(nn.Linear(in_features, rank, device="meta", dtype=dtype), device)
-        self.up = place(nn.Linear(rank, out_features, bias=bias, device="meta", dtype=dtype), device)
-        self.reset_parameters()
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw fresh values: coordinates well inside [-1, 1] and the output variance of `nn.Linear`, for white input.
-
-        The activations begin as `FlexibleActivation.reset_parameters` says.
-        """
-        self.activation.reset_parameters()
-        if self.down.weight.is_meta:
-            return
-        chances = torch.linspace(0.0005, 0.9995, 1000, dtype=torch.float64, device="cpu")
-        u = SPREAD * math.sqrt(2) * torch.erfinv(2 * chances - 1)
-        with torch.no_grad():
-            hidden = self.activation(u[:, None].expand(-1, self.rank).to(self.down.weight))
-            power = float(hidden.double().square().mean())
-        for layer, variance in ((self.down, SPREAD**2), (self.up, 1 / 3 / power)):
-            bound = math.sqrt(3 * variance / layer.in_features)
-            fresh = torch.empty(layer.weight.shape, device="cpu").uniform_(-bound, bound, generator=generator)
-            copy_(layer.weight, fresh)
-        copy_(self.down.bias, torch.zeros(self.rank, device="cpu"))
-        fresh_bias_(self.up.bias, self.in_features, generator)
 
     @classmethod
     def from_factors(
@@ -267,16 +324,6 @@ class FlexibleLinear(nn.Module):
         copy_(layer.up.bias, factors.bias)
         return layer
 
-    @property
-    def rank(self) -> int:
-        """The number of neurons."""
-        return self.activation.rank
-
-    @property
-    def options(self) -> Options:
-        """The basis of the activations, as the constructor takes it."""
-        return _options(self.activation.basis)
-
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
         """Apply both factors and the activations between them."""
         coordinates = self.down(input)  # …, rank
@@ -284,18 +331,7 @@ class FlexibleLinear(nn.Module):
         output: Tensor = self.up(hidden)  # …, out
         return output
 
-    @classmethod
-    def cost(cls, in_features: int, out_features: int, rows: int, *, rank: int, **options: Any) -> Cost:
-        """Return the parameters of such a layer, and its multiply-adds for so many rows of input (both factors)."""
-        twin = cls(in_features, out_features, device="meta", rank=rank, **options)
-        params = sum(parameter.numel() for parameter in twin.parameters())
-        return Cost(params, rows * rank * (in_features + out_features))
-
     def extra_repr(self) -> str:
         """Return the sizes, the rank and the basis."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, {named(self.rank, dict(self.options))}"
-
-
-BLOCKS: Mapping[str, type[FlexibleLinear]] = MappingProxyType({FlexibleLinear.method: FlexibleLinear})
-"""Method -> layer that stands for several modules in a row, and not for one dense layer."""

@@ -52,9 +52,10 @@ def group_metrics(owner: type[nn.Module], dense: Any, metric: Metric | None) -> 
     """Return the metric of each group, None where there is none: not given, or nothing reaches the outputs in it.
 
     Raises:
-        LayerError: an embedding, shapes that do not fit the layer, NaN or Inf entries, what is no second moment.
+        LayerError: an embedding (but for its SVD, which a tied head may share), shapes that do not fit the layer, NaN
+            or Inf entries, what is no second moment.
     """
-    if isinstance(dense, nn.Embedding) and metric is not None:
+    if isinstance(dense, nn.Embedding) and metric is not None and getattr(owner, "method", "") != "svd":
         raise LayerError(f"{owner.__name__}: an embedding has no metric, its inputs are indices: use metric=None")
     groups = getattr(dense, "groups", 1)
     if metric is None:

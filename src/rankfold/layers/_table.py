@@ -16,6 +16,8 @@ from rankfold.layers._conv_cp import CPConv1d, CPConv2d, CPConv3d
 from rankfold.layers._conv_svd import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from rankfold.layers._conv_tucker import TuckerConv1d, TuckerConv2d, TuckerConv3d
 from rankfold.layers._embedding import LowRankEmbedding
+from rankfold.layers._flexible import FlexibleLayer, FlexibleLinear
+from rankfold.layers._flexible_conv import FlexibleConv1d, FlexibleConv2d, FlexibleConv3d, pointwise_twin
 from rankfold.layers._kronecker import KroneckerLinear
 from rankfold.layers._linear import LowRankLinear
 from rankfold.layers._refusal import CONV1D, is_quantised, qualified_name
@@ -39,6 +41,11 @@ _CLASSES: tuple[Any, ...] = (  # each takes options of its own, where the contra
 TABLE: Mapping[tuple[type[nn.Module], str], type[FactorisedLayer]] = MappingProxyType(
     {(layer.dense_type, layer.method): layer for layer in _CLASSES}
 )
+_FLEXIBLE: tuple[type[FlexibleLayer], ...] = (FlexibleLinear, FlexibleConv1d, FlexibleConv2d, FlexibleConv3d)
+BLOCKS: Mapping[tuple[type[nn.Module], str], type[FlexibleLayer]] = MappingProxyType(
+    {(layer.dense_type, layer.method): layer for layer in _FLEXIBLE}
+)
+"""(Type of dense layer, method) -> layer that stands for several of these in a row, and not for one."""
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LOOK_UPS = (nn.Embedding, nn.EmbeddingBag)
@@ -73,6 +80,21 @@ def layer_class(layer: nn.Module, method: str) -> type[FactorisedLayer]:
         known = methods_for(layer)
         advice = f"its methods are {', '.join(known)}" if known else "no method factorises this type of layer"
         raise LayerError(f"method {method!r} does not fit {type(layer).__name__}: {advice}")
+    return found
+
+
+def block_class(first: nn.Module, last: nn.Module, method: str) -> type[FlexibleLayer]:
+    """Return the class of the layer that may stand for a block by its first and last layer, or raise a `LayerError`.
+
+    Example:
+        >>> block_class(nn.Linear(8, 4), nn.Linear(4, 2), "flexible").__name__
+        'FlexibleLinear'
+    """
+    for end in (first, last):
+        pointwise_twin(end)
+    found = BLOCKS.get((type(first), method))
+    if found is None or type(first) is not type(last):
+        raise LayerError(f"no layer stands for all from a {type(first).__name__} to a {type(last).__name__}")
     return found
 
 

@@ -1,8 +1,20 @@
 """Plans: what becomes of every layer of a model, decided before a single weight changes."""
 
-from rankfold.planning._blocks import block_difference, block_modules, fresh_block, is_block, stand_ins
+from rankfold.planning._blocks import (
+    Blocks,
+    SolvedBlock,
+    block_choice,
+    block_difference,
+    block_modules,
+    check_apart,
+    fresh_block,
+    is_block,
+    solved_block,
+    stand_ins,
+)
 from rankfold.planning._budget import QUANTITIES, Budget, Measured
 from rankfold.planning._candidates import layer_seed, run
+from rankfold.planning._joint import Contest, check_blocks
 from rankfold.planning._metrics import METRICS, check_stats
 from rankfold.planning._names import near, selected
 from rankfold.planning._objectives import CALIBRATED, SQUARES
@@ -11,6 +23,7 @@ from rankfold.planning._refusals import layer_refusal, structural_refusals, with
 from rankfold.planning._rules import INITS, RULES, Init, Select
 from rankfold.planning._search import candidates, plan, planned_metric
 from rankfold.planning._select import Candidates
+from rankfold.planning._ties import TIED_METHODS, tied_heads
 
 __all__ = [
     "CALIBRATED",
@@ -19,16 +32,23 @@ __all__ = [
     "QUANTITIES",
     "RULES",
     "SQUARES",
+    "TIED_METHODS",
+    "Blocks",
     "Budget",
     "Candidates",
     "Choice",
+    "Contest",
     "Init",
     "Measured",
     "Plan",
     "Select",
+    "SolvedBlock",
+    "block_choice",
     "block_difference",
     "block_modules",
     "candidates",
+    "check_apart",
+    "check_blocks",
     "check_stats",
     "fresh_block",
     "is_block",
@@ -39,7 +59,9 @@ __all__ = [
     "planned_metric",
     "run",
     "selected",
+    "solved_block",
     "stand_ins",
     "structural_refusals",
+    "tied_heads",
     "without_values",
 ]

@@ -14,7 +14,7 @@ from torch import nn
 from rankfold._progress import track
 from rankfold._times import LayerTime
 from rankfold.errors import LayerError, PlanError, RankfoldError
-from rankfold.layers import Call, FactorisedLayer, Metric, Spectrum, layer_class, methods_for
+from rankfold.layers import Call, FactorisedLayer, Metric, Spectrum, head_macs, layer_class, methods_for
 from rankfold.planning._budget import QUANTITIES
 from rankfold.planning._plan import Choice, Rank
 from rankfold.ranks import energy, evbmf
@@ -42,6 +42,7 @@ class Job:
         weightless: whether no weight is to be read: choices then have no error.
         metric: what errors are measured in, None on the weights.
         times: how long the layer takes and what could stand for it, where that was measured.
+        head_calls: of an embedding, the calls of the head that is tied to it.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Job:
     weightless: bool = False
     metric: Metric | None = None
     times: LayerTime | None = None
+    head_calls: tuple[Call, ...] = ()
 
 
 def layer_seed(name: str, seed: int) -> int:
@@ -135,7 +137,7 @@ def _grid(job: Job) -> tuple[Choice, ...]:
     found = [job.dense]
     for cls, options in variants_of(job):
         ranks = _ranks(job, cls, options)
-        choices = [choice for rank in ranks if pays(choice := _priced(job, cls, rank, options), job)]
+        choices = [choice for rank in ranks if pays(choice := _priced(job, cls, rank, options), job.budgeted)]
         found += _with_errors(job, cls, options, choices)
     return tuple(found)
 
@@ -146,7 +148,7 @@ def _preferences(job: Job) -> tuple[Choice, ...]:
         full = cls.full_rank(job.layer, **options)
         for rank in _ranks(job, cls, options):
             choice = _priced(job, cls, rank, options)
-            if pays(choice, job):
+            if pays(choice, job.budgeted):
                 ranked.append((job.methods.index(cls.method), -_kept(rank, full), choice.params or 0, choice))
     return (job.dense, *(choice for *_, choice in sorted(ranked, key=lambda entry: entry[:3])))
 
@@ -181,7 +183,7 @@ def _ladder(job: Job, ranks_of: Callable[[Spectrum], list[int]], levels: int) ->
         rounded = {level: _rounded(level, full, job.multiple) for level in set(exact)}
         ranks = [rounded[level] for level in exact]
         priced = {rank: _priced(job, cls, rank, options) for rank in set(ranks)}
-        paying = [choice for choice in priced.values() if pays(choice, job)]
+        paying = [choice for choice in priced.values() if pays(choice, job.budgeted)]
         final = {choice.rank: choice for choice in _with_errors(job, cls, options, paying)}
         columns.append([final.get(rank, job.dense) for rank in ranks])
     rows = zip(*columns, strict=True) if columns else [()] * levels
@@ -205,11 +207,20 @@ def _priced(job: Job, cls: type[FactorisedLayer], rank: Rank, options: Options) 
         rank=rank,
         options=options,
         params=cost.params,
-        macs=None if job.calls is None else cost.macs // job.batch_size,
+        macs=None if job.calls is None else (cost.macs + _head_macs(job, rank)) // job.batch_size,
         bytes=(dense.bytes or 0) + (cost.params - (dense.params or 0)) * weight.element_size(),
         latency=None if job.times is None else job.times.seconds(cls.method, options, rank),
         error=None,
     )
+
+
+def _head_macs(job: Job, rank: Any) -> int:
+    """Return the multiply-adds of the head that is tied to an embedding; none where there is no head."""
+    if not job.head_calls:
+        return 0
+    weight: Any = job.layer.weight
+    rows, dim = weight.shape
+    return head_macs(rows, dim, job.head_calls, rank=rank)
 
 
 def _with_errors(job: Job, cls: type[FactorisedLayer], options: Options, choices: list[Choice]) -> list[Choice]:
@@ -222,15 +233,16 @@ def _with_errors(job: Job, cls: type[FactorisedLayer], options: Options, choices
     return [replace(choice, error=float(error)) for choice, error in zip(ordered, errors, strict=True)]
 
 
-def pays(choice: Choice, job: Job) -> bool:
+def pays(choice: Choice, budgeted: Sequence[str]) -> bool:
     """Tell whether a choice makes a budgeted quantity smaller, knows all of them, and makes no known one larger.
 
     A quantity that the dense layer has none of (the MACs of an embedding) may grow.
     """
-    known = [(q, getattr(choice, q), getattr(job.dense, q)) for q in QUANTITIES if getattr(choice, q) is not None]
-    budgeted = job.budgeted or ("params",)
-    smaller = any(new < old for q, new, old in known if q in budgeted)
-    priced = all(getattr(choice, q) is not None for q in job.budgeted)
+    known = [
+        (q, getattr(choice, q), getattr(choice, f"dense_{q}")) for q in QUANTITIES if getattr(choice, q) is not None
+    ]
+    smaller = any(new < old for q, new, old in known if q in (budgeted or ("params",)))
+    priced = all(getattr(choice, q) is not None for q in budgeted)
     return smaller and priced and all(new <= old or old == 0 for _, new, old in known)
 
 

@@ -110,7 +110,7 @@ def signal(name: str, layer: Any, metric: Metric | None, calls: Sequence[Call] |
             f"those of others in the loss: leave it out with exclude=({name!r},), or choose another objective"
         )
     second = metric.second
-    if layer.bias is not None:
+    if getattr(layer, "bias", None) is not None:
         second = second - metric.mean.unsqueeze(2) * metric.mean.unsqueeze(1)
     matrix = layer.weight.detach().to(second).flatten(1).unflatten(0, (len(second), -1))  # groups, out, n
     squares = torch.einsum("gon,gnm,gom->go", matrix, second, matrix).flatten()

@@ -87,14 +87,13 @@ def _check_word(what: str, word: Any, table: Mapping[str, Any]) -> None:
 @functools.cache
 def methods() -> frozenset[str]:
     """Return every method that a choice may name, "dense" among them."""
-    return frozenset({"dense", *BLOCKS, *(method for _, method in TABLE)})
+    return frozenset({"dense", *(method for _, method in (*BLOCKS, *TABLE))})
 
 
 @functools.cache
 def _options_of(method: str) -> Mapping[str, str]:
     """Return the keyword-only arguments beside the rank of the layers of a method, and what they are annotated with."""
-    classes: set[Any] = {cls for (_, name), cls in TABLE.items() if name == method}
-    classes |= {cls for name, cls in BLOCKS.items() if name == method}
+    classes: set[Any] = {cls for (_, name), cls in (*TABLE.items(), *BLOCKS.items()) if name == method}
     found = [p for cls in classes for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return {p.name: str(p.annotation) for p in found if p.name not in ("rank", "seed", "device", "dtype")}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -11,20 +10,23 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from rankfold.errors import LayerError
-from rankfold.layers import is_factorised, refusal
+from rankfold.layers import TiedHead, is_factorised, refusal
+from rankfold.planning._ties import memory_of, owners_of
 from rankfold.stats import walk
 
 
 def structural_refusals(model: nn.Module) -> dict[str, str]:
-    """Return name and reason of every layer whose place in the model forbids replacing it, whatever its values."""
-    owners: dict[int, set[str]] = defaultdict(set)
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners[_memory(parameter)].add(name)
+    """Return name and reason of every layer whose place in the model forbids replacing it alone, whatever its values.
+
+    Those of `tied_heads` are among them.
+    """
+    owners = owners_of(model)
     reasons = {}
     for name, layer in walk(model):
-        ties = {key: owners[_memory(p)] - {name} for key, p in layer.named_parameters(recurse=False)}
-        if is_factorised(layer):
+        ties = {key: owners[memory_of(p)] - {name} for key, p in layer.named_parameters(recurse=False)}
+        if isinstance(layer, TiedHead):
+            reasons[name] = "is the head of a factorised embedding: densify the model to plan it anew"
+        elif is_factorised(layer):
             reasons[name] = (
                 f"is factorised already ({layer.method}, rank {layer.rank}): densify the model to plan it anew"
             )
@@ -35,12 +37,6 @@ def structural_refusals(model: nn.Module) -> dict[str, str]:
 
 def _tie(key: str, others: Iterable[str]) -> str:
     return f"{key} is tied with {', '.join(map(repr, sorted(others)))}"
-
-
-def _memory(parameter: nn.Parameter) -> int:
-    """Return the same for parameters that are one, or that hold the same memory, as a transposed tie does."""
-    plain = not is_lazy(parameter) and type(parameter.data) is torch.Tensor and not parameter.is_meta
-    return parameter.data_ptr() if plain and parameter.numel() else id(parameter)
 
 
 def without_values(layer: nn.Module) -> nn.Module:

@@ -49,7 +49,7 @@ def optimal(candidates: Choices, limits: Limits) -> dict[str, Choice]:
     """
     quantities = list(limits)
     costs = [costs_of(choices, quantities) for choices in candidates.values()]
-    damages = [np.array([_damage(choice) for choice in choices]) for choices in candidates.values()]
+    damages = [np.array([damage_of(choice) for choice in choices]) for choices in candidates.values()]
     try:
         indices = allocate(costs, damages, [float(limits[q]) for q in quantities], gap=GAP).indices
     except BudgetError:
@@ -58,7 +58,8 @@ def optimal(candidates: Choices, limits: Limits) -> dict[str, Choice]:
     return {name: choices[k] for (name, choices), k in zip(candidates.items(), indices, strict=True)}
 
 
-def _damage(choice: Choice) -> float:
+def damage_of(choice: Choice) -> float:
+    """Return what a choice adds to the sum that is made small: its squared error where nothing else is known."""
     return (choice.error or 0.0) ** 2 if choice.damage is None else choice.damage
 
 

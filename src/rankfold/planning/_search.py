@@ -11,15 +11,18 @@ from torch import nn
 
 from rankfold.errors import PlanError
 from rankfold.layers import BLOCKS, Metric, methods_for, refusal, stock_twin
+from rankfold.planning._blocks import Blocks
 from rankfold.planning._budget import QUANTITIES, Budget
 from rankfold.planning._candidates import Job, layer_seed, run
-from rankfold.planning._metrics import AUTO, WEIGHTS, check_stats, layer_metric, metric_name, signal
+from rankfold.planning._joint import check_blocks, contests
+from rankfold.planning._metrics import AUTO, WEIGHTS, check_stats, metric_name, signal
 from rankfold.planning._names import selected
 from rankfold.planning._objectives import CALIBRATED, LOSS, OBJECTIVES, SQUARES
 from rankfold.planning._plan import Choice, Plan, methods
 from rankfold.planning._refusals import layer_refusal, structural_refusals, without_values
 from rankfold.planning._rules import INITS, RULES, Init, Rule, Select, rule_of
 from rankfold.planning._select import Candidates
+from rankfold.planning._ties import TIED_METHODS, as_one, metric_of, tied_heads, times_of, with_partners
 from rankfold.stats import Stats, count_bytes, count_params, walk
 
 
@@ -51,6 +54,7 @@ def plan(  # noqa: PLR0913
     executor: Executor | None = None,
     metric: str = AUTO,
     objective: str = SQUARES,
+    blocks: Blocks | None = None,
 ) -> Plan:
     """Choose method and rank for every layer of a model within a budget; the model is not changed.
 
@@ -60,7 +64,9 @@ def plan(  # noqa: PLR0913
     layer smaller and no measured one larger. The sum is a proxy: it takes layers as independent.
 
     Args:
-        model: any module. Layers that can't be replaced are named in the plan with the reason.
+        model: any module. Layers that can't be replaced are named in the plan with the reason. Where one `nn.Linear`
+            has the very weight of one `nn.Embedding`, as in language models, the embedding's choice ("svd") stands for
+            both, with the work of both; the head follows it. Other layers with a weight in common stay as they are.
         budget: fractions of the whole model to keep. Only rule "evbmf" or a function goes without.
         stats: from `measure`; needed for a budget on MACs. Without it no MACs are predicted, and layers
             whose weight a parent reads directly can't be told from the others. With moments=True it also says
@@ -77,7 +83,8 @@ def plan(  # noqa: PLR0913
             "uniform" or a function goes with it. "uniform" then takes, within a share, the first of `methods` that
             has a rank, and of it the largest share of the full rank. It is implied for a model on the meta device.
         include: names or patterns (`*`, `?`) of the only layers to change; all of them if empty.
-        exclude: names or patterns of layers to leave dense.
+        exclude: names or patterns of layers to leave dense. As in `include`, naming an embedding or the head that is
+            tied to it names both.
         multiple: round ranks to multiples of this.
         seed: seed of whatever is random in a decomposition.
         executor: decompose layers in parallel in this executor's workers; the result is the same.
@@ -86,9 +93,16 @@ def plan(  # noqa: PLR0913
             or as published: "fwsvd" (weights, rows by gradients), "asvd" (inputs scaled each alone by
             (E x^2)^(1/4), the square root of their size), "whitening" (second moment of the inputs, no bias, as
             SVD-LLM); "auto": "outputs" where stats has moments, else "weights". A layer whose inputs are not in the
-            statistics, an embedding say, is planned on its weight, and its choice says so.
+            statistics, an embedding say, is planned on its weight, and its choice says so. Of an embedding with a tied
+            head it is the mean of the squared errors of the head's outputs and of the weight.
         objective: the sum over layers that "optimal" makes small: "squares" of the errors; "energy", of
             -log(1 - e^2); "loss", of what e^2 may change the loss by (needs metric="fisher").
+        blocks: solved layers that could each stand for several layers in a row, by the name of the block
+            "first:last", from `rankfold.train.flexible_candidates`: each competes with all that the block's layers
+            could become one by one. Rule "optimal" and metric "outputs" alone compare them: the sum takes every
+            relative error of a layer's outputs to reach the outputs of the model unchanged, so that the error of a
+            block's values is one term of it, in the place of the terms of all its layers. `apply` needs the same
+            blocks.
 
     Raises:
         BudgetError: the budget can't be met; says the closest value that can.
@@ -123,6 +137,7 @@ def plan(  # noqa: PLR0913
         executor=executor,
         metric=metric,
         objective=objective,
+        blocks=blocks,
     )
     return found.plan(budget)
 
@@ -142,6 +157,7 @@ def candidates(  # noqa: PLR0913
     executor: Executor | None = None,
     metric: str = AUTO,
     objective: str = SQUARES,
+    blocks: Blocks | None = None,
 ) -> Candidates:
     """Return what every layer of a model could become, with cost and error: `.plan(budget)` then is quick.
 
@@ -159,6 +175,7 @@ def candidates(  # noqa: PLR0913
         executor: as in `plan`.
         metric: as in `plan`.
         objective: as in `plan`.
+        blocks: as in `plan`.
 
     Raises:
         PlanError: as `plan` does.
@@ -170,10 +187,13 @@ def candidates(  # noqa: PLR0913
     metric = _metric(metric, stats, weightless=weightless)
     request = _Request(_methods(methods), limited, multiple, seed, weightless, metric, objective)
     _check(request, stats)
+    if blocks:
+        check_blocks(rule, limited, metric, init)
     layers = dict(walk(model))
     check_stats(layers, stats)
-    dense = _dense_choices(model, layers, stats, request, (include, exclude))
-    jobs = [_job(name, layers[name], choice, stats, request) for name, choice in dense.items() if not choice.reason]
+    ties = tied_heads(model)
+    dense = _dense_choices(model, layers, ties, stats, request, (include, exclude))
+    jobs = [_job(name, layers, ties, choice, stats, request) for name, choice in dense.items() if not choice.reason]
     proposed = run(chosen.propose, jobs, executor=executor, description="Decomposing layers")
     found = {job.name: _weighed(job, choices, request) for job, choices in zip(jobs, proposed, strict=True)}
     whole = Plan(
@@ -186,7 +206,8 @@ def candidates(  # noqa: PLR0913
         dense_bytes=count_bytes(model),
         dense_latency=stats.times.whole if stats and stats.times else None,
     )
-    return Candidates(found, whole, chosen, request.methods, limited)
+    contested = contests(model, blocks or {}, dense, stats, (limited, objective))
+    return Candidates(found, whole, chosen, request.methods, limited, contested)
 
 
 def _weightless(model: nn.Module, name: str | Select, rule: Rule, init: Init) -> bool:
@@ -209,7 +230,7 @@ def _metric(metric: str, stats: Stats | None, *, weightless: bool) -> str:
 
 def _methods(names: str | Sequence[str]) -> tuple[str, ...]:
     names = (names,) if isinstance(names, str) else tuple(names)
-    known = sorted(methods() - {"dense", *BLOCKS})  # a block has no layer of its own to plan
+    known = sorted(methods() - {"dense", *(method for _, method in BLOCKS)})  # a block has no layer of its own to plan
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise PlanError(f"unknown method {unknown[0] if unknown else names!r}: the methods are {', '.join(known)}")
@@ -238,26 +259,38 @@ def _check(request: _Request, stats: Stats | None) -> None:
         raise PlanError(f"objective {LOSS!r} needs metric='fisher' (now {request.metric!r})")
 
 
-def _dense_choices(
+def _dense_choices(  # noqa: PLR0913
     model: nn.Module,
     layers: Mapping[str, nn.Module],
+    ties: Mapping[str, str],
     stats: Stats | None,
     request: _Request,
     filters: tuple[str | Sequence[str], str | Sequence[str]],
 ) -> dict[str, Choice]:
     """Return the dense choice of every layer, with a reason where it is the only one."""
     include, exclude = filters
-    included = selected(layers, include) if include else set(layers)
-    excluded = selected(layers, exclude)
+    included = with_partners(selected(layers, include), ties) if include else set(layers)
+    excluded = with_partners(selected(layers, exclude), ties)
     refused = structural_refusals(model)
-    choices = {}
+    reasons = {}
     for name, layer in layers.items():
         if name in excluded or name not in included:
-            reason = "excluded" if name in excluded else "not included"
+            reasons[name] = "excluded" if name in excluded else "not included"
+            continue
+        unfit = refusal(without_values(layer)) if request.weightless else layer_refusal(name, layer)
+        tied = name in ties or name in ties.values()
+        structural = "" if tied else refused.get(name)
+        usable = TIED_METHODS if tied else methods_for(layer)
+        unusable = _unusable(name, layer, stats, request.methods, usable)
+        reasons[name] = structural or unfit or unusable or _untimed(name, stats, request)
+    choices = {name: _untouched(name, layer, stats, reasons[name]) for name, layer in layers.items()}
+    for embedding, head in ties.items():
+        pair = (embedding, head)
+        if any(reasons[name] for name in pair):
+            unnamed = {name: replace(choices[name], reason=refused[name]) for name in pair if not reasons[name]}
+            choices |= unnamed
         else:
-            unfit = refusal(without_values(layer)) if request.weightless else layer_refusal(name, layer)
-            reason = refused.get(name) or unfit or _unusable(name, layer, stats, request.methods)
-        choices[name] = _untouched(name, layer, stats, reason or _untimed(name, stats, request))
+            choices |= as_one(choices, pair)
     return choices
 
 
@@ -281,28 +314,38 @@ def _untimed(name: str, stats: Stats | None, request: _Request) -> str:
     return stats.times.left_out.get(name, f"no form of {' or '.join(request.methods)} was timed")
 
 
-def _unusable(name: str, layer: nn.Module, stats: Stats | None, names: tuple[str, ...]) -> str:
+def _unusable(name: str, layer: nn.Module, stats: Stats | None, names: tuple[str, ...], usable: tuple[str, ...]) -> str:
     if stats is not None and not stats.layers[name].calls:
         return "not called on the example"
-    if not set(names) & set(methods_for(layer)):
-        return f"{' and '.join(names)} can't replace a {type(layer).__name__}"
+    if not set(names) & set(usable):
+        tied = " that is tied" if set(names) & set(methods_for(layer)) else ""
+        return f"{' and '.join(names)} can't replace a {type(layer).__name__}{tied}"
     return ""
 
 
-def _job(name: str, layer: nn.Module, dense: Choice, stats: Stats | None, request: _Request) -> Job:
+def _job(  # noqa: PLR0913
+    name: str,
+    layers: Mapping[str, nn.Module],
+    ties: Mapping[str, str],
+    dense: Choice,
+    stats: Stats | None,
+    request: _Request,
+) -> Job:
+    layer, head = layers[name], ties.get(name)
     return Job(
         name=name,
         layer=stock_twin(without_values(layer) if request.weightless else layer),
         dense=dense,
         calls=stats.layers[name].calls if stats else None,
         batch_size=stats.batch_size if stats else 1,
-        methods=request.methods,
+        methods=request.methods if head is None else tuple(m for m in request.methods if m in TIED_METHODS),
         budgeted=request.quantities,
         multiple=request.multiple,
         seed=layer_seed(name, request.seed),
         weightless=request.weightless,
-        metric=layer_metric(request.metric, stats, name),
-        times=stats.times.layers.get(name) if stats and stats.times else None,
+        metric=metric_of(request.metric, stats, name, head, layers),
+        times=times_of(stats, name, head),
+        head_calls=() if head is None or stats is None else stats.layers[head].calls,
     )
 
 
@@ -313,12 +356,22 @@ def _weighed(job: Job, choices: tuple[Choice, ...], request: _Request) -> tuple[
         choices = tuple(c if c.method == "dense" else replace(c, metric=WEIGHTS) for c in choices)
     if damage is None or job.weightless:
         return choices
-    weight = signal(job.name, job.layer, job.metric, job.calls, job.batch_size) if request.objective == LOSS else 1.0
+    calls = job.head_calls or job.calls
+    weight = signal(job.name, job.layer, job.metric, calls, job.batch_size) if request.objective == LOSS else 1.0
     return tuple(replace(choice, damage=damage(choice.error or 0.0, weight)) for choice in choices)
 
 
-def planned_metric(plan: Plan, name: str, stats: Stats | None) -> Metric | None:
+def planned_metric(
+    plan: Plan, name: str, stats: Stats | None, layers: Mapping[str, nn.Module], head: str | None = None
+) -> Metric | None:
     """Return the metric that a plan decomposes one of its layers in; None on its weight.
+
+    Args:
+        plan: the plan.
+        name: one of its layers.
+        stats: what the plan was made from.
+        layers: the layers of the model.
+        head: the name of the head that is tied to the layer, where there is one.
 
     Raises:
         PlanError: the statistics lack what was there when the plan was made.
@@ -327,7 +380,7 @@ def planned_metric(plan: Plan, name: str, stats: Stats | None) -> Metric | None:
     if wanted == WEIGHTS:
         return None
     metric_name(wanted, stats)
-    found = layer_metric(wanted, stats, name)
+    found = metric_of(wanted, stats, name, head, layers)
     if found is None:
         raise PlanError(f"layer {name!r} is planned in the metric {wanted!r}: the statistics hold none of its inputs")
     return found

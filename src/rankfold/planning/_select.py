@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from rankfold.errors import BudgetError, PlanError
 from rankfold.planning._budget import Budget, amount
+from rankfold.planning._joint import Contest, in_place, items_of
 from rankfold.planning._plan import Choice, Plan
 from rankfold.planning._rules import Choices, Rule, Select
+from rankfold.planning._ties import FOLLOWS
 
 KEPT = "dense is the rule's choice within this budget"
 ROUNDING = 1 + 1e-9  # of sums of seconds in another order
@@ -28,6 +30,7 @@ class Candidates:
         rule: how one choice per layer is selected.
         methods: the methods that were tried.
         quantities: what a budget must limit.
+        blocks: per name of a block, the layers that could stand for it.
 
     Example:
         >>> import torch
@@ -42,6 +45,7 @@ class Candidates:
     rule: Rule
     methods: tuple[str, ...]
     quantities: tuple[str, ...]
+    blocks: Mapping[str, Contest] = field(default_factory=dict)
 
     def plan(self, budget: Budget | None = None) -> Plan:
         """Return the plan that the rule selects within a budget on exactly these quantities.
@@ -59,11 +63,24 @@ class Candidates:
                 f"{' and '.join(limited) or 'nothing'}: find others with quantities={limited!r}"
             )
         whole = replace(self.whole, budget=budget)
-        choices = _selected(self.rule.select, self.layers, _limits(whole, self.layers))
         unpaid = (UNTIMED if "latency" in self.quantities else UNPAID).format(" or ".join(self.methods))
-        result = replace(whole, layers={**whole.layers, **_explained(choices, self.layers, unpaid)})
+        choices = _explained(self._select(whole), self.layers, unpaid)
+        result = replace(whole, layers=in_place(choices, whole.layers, self.blocks))
         _refuse_excess(result, self.rule.name)
         return result
+
+    def _select(self, whole: Plan) -> dict[str, Choice]:
+        """Return the rule's choices by name: of layers, and of blocks in place of theirs."""
+        items = {name: items_of(name, one, self.layers, whole, self.quantities) for name, one in self.blocks.items()}
+        inside = {member for one in self.blocks.values() for member in one.members}
+        alone = {name: choices for name, choices in self.layers.items() if name not in inside}
+        groups = {**alone, **{name: tuple(item.total for item in some) for name, some in items.items()}}
+        dense = {name: whole.layers[name] if name in alone else self.blocks[name].dense for name in groups}
+        selected = _selected(self.rule.select, groups, _limits(whole, dense))
+        choices = {name: selected[name] for name in alone}
+        for name, some in items.items():
+            choices |= next(item.parts for item in some if item.total is selected[name])
+        return choices
 
     def slower(self, factor: float) -> Candidates:
         """Return the candidates as they are where all layers, dense or not, take so many times as long in the model."""
@@ -77,12 +94,12 @@ def _slower(choice: Choice, factor: float) -> Choice:
     return replace(choice, latency=new, dense_latency=old)
 
 
-def _limits(whole: Plan, candidates: Choices) -> dict[str, float]:
-    """Return what the budget leaves for the layers that may change: its share of the whole less all the rest."""
+def _limits(whole: Plan, changeable: Mapping[str, Choice]) -> dict[str, float]:
+    """Return what the budget leaves for what may change, given as it is: its share of the whole less all the rest."""
     limits = {}
     for quantity, allowed in _allowed(whole).items():
-        changeable = sum(getattr(whole.layers[name], quantity) for name in candidates)
-        limits[quantity] = allowed - (getattr(whole, f"dense_{quantity}") - changeable)
+        own = sum(getattr(choice, quantity) for choice in changeable.values())
+        limits[quantity] = allowed - (getattr(whole, f"dense_{quantity}") - own)
     return limits
 
 
@@ -106,7 +123,7 @@ def _explained(choices: Mapping[str, Choice], candidates: Choices, unpaid: str) 
     """Give every layer that stays dense its reason."""
     explained = {}
     for name, choice in choices.items():
-        if choice.method == "dense":
+        if choice.method == "dense" and name in candidates:
             alone = all(other.method == "dense" for other in candidates[name])
             choice = replace(choice, reason=unpaid if alone else KEPT)
         explained[name] = choice
@@ -131,10 +148,12 @@ def _obstacles(result: Plan) -> str:
     """Return which layers could not change and why, the largest first."""
     if not result.layers:
         return "the model has no Linear, convolution or Embedding to factorise; "
-    fixed = {name: choice for name, choice in result.layers.items() if choice.reason not in ("", KEPT)}
+    followers = {name for name, choice in result.layers.items() if choice.reason.startswith(FOLLOWS)}
+    left = {name: c for name, c in result.layers.items() if name not in followers}
+    fixed = {name: choice for name, choice in left.items() if choice.reason not in ("", KEPT)}
     largest = sorted(fixed, key=lambda name: -(fixed[name].dense_params or 0))[:SHOWN]
     told = "; ".join(f"{name or 'the model'!r} ({fixed[name].reason})" for name in largest)
-    return f"{len(fixed)} of {len(result.layers)} layers can't change, the largest {told}; " if fixed else ""
+    return f"{len(fixed)} of {len(left)} layers can't change, the largest {told}; " if fixed else ""
 
 
 def _reached(result: Plan, quantity: str) -> str:

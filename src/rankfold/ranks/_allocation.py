@@ -126,12 +126,12 @@ def _groups(costs: Sequence[NDArray[np.number]], damages: Sequence[NDArray[np.nu
         if not (np.isfinite(table).all() and np.isfinite(harm).all() and (table >= 0).all() and (harm >= 0).all()):
             raise BudgetError(f"group {g}: costs and damages are finite and not negative")
         tables.append(table)
-        groups.append(_undominated(_in_units(table, bounds), harm))
+        groups.append(undominated(_in_units(table, bounds), harm))
     _check_feasible(tables, bounds)
     return groups
 
 
-def _undominated(costs: Floats, damages: Floats) -> _Group:
+def undominated(costs: Floats, damages: Floats) -> _Group:
     """Drop the items that another is as good as, in damage and in every cost."""
     order = np.lexsort((*costs.T[::-1], damages))
     if costs.shape[1] == 1:

@@ -15,7 +15,7 @@ from rankfold._copies import copy_with
 from rankfold._progress import track
 from rankfold.attention import with_named_projections
 from rankfold.errors import DataError
-from rankfold.layers import is_factorised, row_size
+from rankfold.layers import FlexibleLayer, TiedHead, is_factorised, row_size
 from rankfold.recalibration._passes import Calibration, bytes_of, outputs_of, solved_part
 from rankfold.recalibration._refit import refit
 from rankfold.stats import Stats, observing, walk
@@ -246,20 +246,32 @@ def _order(
             fit.append(name)
     if not fit:
         return [], left_out
-    with observing(small, fit, **{**settings, "patches": 1}) as run:
+    # A compressed layer that can't be solved for, an embedding say, may come before all others.
+    early = any(is_factorised(layers[name]) for name in left_out)
+    blocks = _entrances(small)
+    with observing(small, [*fit, *blocks], **{**settings, "patches": 1}) as run:
         called = list(run(batch))
     left_out |= {name: "it is not called on the data" for name in fit if name not in called}
-    drifting = next((place for place, name in enumerate(called) if is_factorised(layers[name])), len(called))
+    changed = (place for place, name in enumerate(called) if name in blocks or is_factorised(layers[name]))
+    drifting = 0 if early else next(changed, len(called))
     left_out |= dict.fromkeys(called[:drifting], DENSE_FIRST)
-    return called[drifting:], left_out
+    return [name for name in called[drifting:] if name not in blocks], left_out
+
+
+def _entrances(small: nn.Module) -> set[str]:
+    """Return the first layers inside of those that stand for whole blocks, which are left as they were solved."""
+    inside = ((name, module) for name, module in small.named_modules() if isinstance(module, FlexibleLayer))
+    return {f"{name}.down" if name else "down" for name, _ in inside}
 
 
 def _wanted(layer: nn.Module, include_dense: bool) -> bool:
-    return is_factorised(layer) or (include_dense and type(layer) in STOCK)
+    return is_factorised(layer) or isinstance(layer, TiedHead) or (include_dense and type(layer) in STOCK)
 
 
 def _unfit(small: nn.Module, layer: nn.Module, original: nn.Module | None, memory: int) -> str:
     """Return why a layer is left as it is; "" where it isn't."""
+    if isinstance(layer, TiedHead):
+        return "its factors are those of its embedding"
     size = row_size(layer)
     if size is None:
         return f"a {type(layer).__name__} does not multiply its input by a weight"

@@ -25,7 +25,7 @@ from rankfold._batches import (
 )
 from rankfold._progress import track
 from rankfold.errors import DataError, LayerError
-from rankfold.layers import Call, dense_cost, is_factorised, output_rows
+from rankfold.layers import Call, TiedHead, dense_cost, is_factorised, output_rows
 from rankfold.stats._moments import MEMORY, PATCHES, Sums, bytes_of
 from rankfold.stats._stats import LayerStats, Stats
 from rankfold.stats._walk import count_params, left_alone, uncompiled, walk
@@ -252,6 +252,8 @@ def _layer_stats(layer: nn.Module, calls: tuple[Call, ...], batch_size: int) -> 
 
 def _macs(layer: nn.Module, calls: tuple[Call, ...]) -> int:
     """Return the multiply-adds of all calls; none for a kind whose cost is not known (it is never replaced)."""
+    if isinstance(layer, TiedHead):
+        return layer.macs(calls)
     if is_factorised(layer):
         # A twin without memory: costs depend on shapes alone.
         twin: Any = copy.deepcopy(layer).to("meta")

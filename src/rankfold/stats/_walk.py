@@ -19,17 +19,17 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield name and module of every layer that a plan must name, in the order of `named_modules`.
 
     A module that is registered under several names is yielded once, under its first name. The inside of
-    a factorised layer and of an `nn.MultiheadAttention` belongs to that layer and is not visited; that of a
-    `TiedHead` belongs to its embedding.
+    a factorised layer and of an `nn.MultiheadAttention` belongs to that layer and is not visited; nor is that of a
+    `TiedHead`, which is its embedding's.
     """
     yield from _walk("", model, set())
 
 
 def _walk(name: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    if id(module) in seen or isinstance(module, TiedHead):
+    if id(module) in seen:
         return
     seen.add(id(module))
-    found = is_factorised(module) or factorisable(module)
+    found = is_factorised(module) or factorisable(module) or isinstance(module, TiedHead)
     if found:
         yield name, module
     if found and not _has_layers_of_its_own(module):
@@ -40,7 +40,7 @@ def _walk(name: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[str, n
 
 def _has_layers_of_its_own(module: nn.Module) -> bool:
     """Tell whether a user's subclass of a stock layer carries further layers (an adapter, say)."""
-    return not (is_factorised(module) or isinstance(module, nn.MultiheadAttention))
+    return not (is_factorised(module) or isinstance(module, nn.MultiheadAttention | TiedHead))
 
 
 def count_params(module: nn.Module) -> int:

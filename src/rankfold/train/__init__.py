@@ -3,7 +3,7 @@
 from rankfold.train._adapters import lightning_callback, trainer_callback
 from rankfold.train._batchnorm import reestimate_batchnorm
 from rankfold.train._cuttlefish import Cuttlefish
-from rankfold.train._decouple import BlockError, decouple, decouple_errors
+from rankfold.train._decouple import BlockError, decouple, decouple_errors, flexible_candidates
 from rankfold.train._distil_blocks import BlockFit, distil_blocks
 from rankfold.train._dlrt import DLRT
 from rankfold.train._fit import fit
@@ -40,6 +40,7 @@ __all__ = [
     "decouple_errors",
     "distil_blocks",
     "fit",
+    "flexible_candidates",
     "lightning_callback",
     "parameter_groups",
     "reestimate_batchnorm",

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from rankfold._batches import batch_arguments, device_of, to_device
 from rankfold._modes import evaluating
 from rankfold.errors import DataError, LayerError, RankfoldError
-from rankfold.layers import stock_twin
+from rankfold.folding import NORMS, folded
+from rankfold.layers import FlexibleLayer, block_class, pointwise_twin, stock_twin
 from rankfold.planning import block_modules, layer_refusal, structural_refusals
 
 SHARES = 8  # a batch gives at most one part in so many of the samples
@@ -26,13 +27,17 @@ AGREEMENT = 1e-3  # relative difference of outputs that float32 explains
 class Block:
     """A block as a chain of linear layers and pointwise functions between them, computing in float64.
 
+    A convolution of kernel 1 is a linear layer here, of the channels at one position.
+
     Attributes:
         stages: `nn.Linear` layers and other modules, copies of the model's.
         source: the first layer as it is in the model.
+        kind: the class of the layer that may take the block's place.
     """
 
     stages: tuple[nn.Module, ...]
     source: Any
+    kind: type[FlexibleLayer]
 
     @property
     def linears(self) -> list[nn.Linear]:
@@ -45,6 +50,22 @@ class Block:
             for stage in self.stages:
                 inputs = stage(inputs)
         return inputs
+
+    @property
+    def axis(self) -> int:
+        """The dim of the model's tensors that the layers act on, counted from the last one."""
+        return int(getattr(self.kind, "channels", -1))
+
+    def rows(self, inputs: Tensor) -> Tensor:
+        """Return the rows (samples, in) of the block's input in the model: the channels at every position."""
+        moved = inputs.movedim(self.axis, -1)
+        return moved.reshape(-1, moved.shape[-1])
+
+    def replay(self, inputs: Tensor) -> Tensor:
+        """Return what the block gives for its input in the model, in the dtype of that."""
+        moved = inputs.movedim(self.axis, -1)
+        values = self(self.rows(inputs).double()).to(inputs.dtype)
+        return values.reshape(*moved.shape[:-1], -1).movedim(-1, self.axis)
 
     def slopes(self, inputs: Tensor) -> list[Tensor | None]:
         """Return per stage the derivatives (samples, width) of a pointwise function; None for a linear layer."""
@@ -86,6 +107,8 @@ def _weight(stage: nn.Module) -> Tensor:
 def read_block(model: nn.Module, name: str) -> Block:
     """Return a block of a model, once it is known to be linear layers with pointwise functions between them.
 
+    A BatchNorm behind a linear layer or a convolution becomes part of it, as it is in eval mode.
+
     Raises:
         PlanError: the model has no such block.
         LayerError: one of its modules is neither linear nor pointwise, or may not be replaced.
@@ -93,25 +116,78 @@ def read_block(model: nn.Module, name: str) -> Block:
     modules = block_modules(model, name)
     refused = structural_refusals(model)
     stages: list[nn.Module] = []
-    width = 0
     for key, module in modules.items():
-        if next(module.parameters(recurse=False), None) is not None and not _is_prelu(module):
-            reason = refused.get(key) or layer_refusal(key, module)
-            twin: Any = None if reason else stock_twin(module)
-            if not isinstance(twin, nn.Linear):
-                raise LayerError(f"block {name!r}: {key!r} ({type(module).__name__}): {reason or 'it is not linear'}")
-            width = twin.out_features
-        elif key in (next(iter(modules)), name.partition(":")[2]):
-            raise LayerError(f"block {name!r}: it begins and ends with a linear layer, not with a {_kind(module)}")
+        if key in (next(iter(modules)), name.partition(":")[2]) and not _has_weight(module):
+            raise LayerError(
+                f"block {name!r}: it begins and ends with a linear layer or a convolution of kernel 1, not with a "
+                f"{_kind(module)}"
+            )
+        if type(module) in NORMS:
+            stages[-1] = _normalised(name, key, module, stages[-1])
+        elif _has_weight(module):
+            stages.append(_linear_stage(name, key, module, refused.get(key), _width(stages)))
         else:
-            _check_pointwise(name, key, module, width)
-            twin = module
-        stages.append(copy.deepcopy(twin).double().eval().requires_grad_(False))
-    return Block(tuple(stages), next(iter(modules.values())))
+            _check_pointwise(name, key, module, _width(stages) or 0)
+            stages.append(copy.deepcopy(module).double().eval().requires_grad_(False))
+    first, last = (stock_twin(modules[key]) for key in (next(iter(modules)), name.partition(":")[2]))
+    try:
+        kind = block_class(first, last, FlexibleLayer.method)
+        _check_one_kind(modules, first)
+    except LayerError as problem:
+        raise LayerError(f"block {name!r}: {problem}") from problem
+    return Block(tuple(stages), next(iter(modules.values())), kind)
 
 
-def _is_prelu(module: nn.Module) -> bool:
-    return isinstance(module, nn.PReLU) and module.num_parameters == 1
+def _has_weight(module: nn.Module) -> bool:
+    """Tell whether a module must be linear to be part of a block: it has parameters and is no activation or norm."""
+    activation = isinstance(module, nn.PReLU) and module.num_parameters == 1
+    return type(module) not in NORMS and not activation and next(module.parameters(recurse=False), None) is not None
+
+
+def _linear_stage(block: str, name: str, module: nn.Module, reason: str | None, width: int | None) -> nn.Module:
+    """Return a linear layer, or a convolution of kernel 1, as a linear layer of its own in float64."""
+    reason = reason or layer_refusal(name, module)
+    try:
+        if reason:
+            raise LayerError(reason)
+        twin = pointwise_twin(stock_twin(module))
+    except LayerError as problem:
+        raise LayerError(f"block {block!r}: {name!r} ({_kind(module)}) can't be part of it: {problem}") from problem
+    if width not in (None, twin.in_features):
+        raise LayerError(
+            f"block {block!r}: {name!r} ({_kind(module)}) takes {twin.in_features} features or channels, and the layer "
+            f"before it gives {width}"
+        )
+    return copy.deepcopy(twin).double().eval().requires_grad_(False)
+
+
+def _width(stages: Sequence[nn.Module]) -> int | None:
+    """Return how many features the last linear layer gives; None where there is none yet."""
+    linears = [stage for stage in stages if isinstance(stage, nn.Linear)]
+    return linears[-1].out_features if linears else None
+
+
+def _normalised(block: str, name: str, norm: Any, before: nn.Module) -> nn.Module:
+    """Return a linear layer with the BatchNorm behind it in it."""
+    if not isinstance(before, nn.Linear) or norm.num_features != before.out_features:
+        raise LayerError(
+            f"block {block!r}: {name!r} ({_kind(norm)}) does not come right behind a linear layer or a convolution of "
+            "its size, of which it could be a part: choose a block without it"
+        )
+    if norm.running_mean is None or norm.running_var is None:
+        raise LayerError(
+            f"block {block!r}: {name!r} ({_kind(norm)}) has no running statistics, and normalises every batch by "
+            "itself: neither this nor rankfold.fold_batchnorm can make it part of a layer; train it with "
+            "track_running_stats=True"
+        )
+    return folded(before, norm).requires_grad_(False)
+
+
+def _check_one_kind(modules: dict[str, nn.Module], first: nn.Module) -> None:
+    """Raise unless all layers of a block act along the same dim."""
+    for key, module in modules.items():
+        if _has_weight(module) and type(stock_twin(module)) is not type(first):
+            raise LayerError(f"{key!r} is a {_kind(module)} and the first layer a {_kind(first)}")
 
 
 def _kind(module: nn.Module) -> str:
@@ -132,12 +208,14 @@ def _check_pointwise(block: str, name: str, module: nn.Module, width: int) -> No
     if not same:
         raise LayerError(
             f"block {block!r}: {name!r} ({_kind(module)}) is no pointwise function, so that its neurons do not act "
-            "one by one: choose a block of linear layers with activations between them"
+            "one by one: choose a block of linear layers, or convolutions of kernel 1, with activations between them"
         )
 
 
 def sample_inputs(model: nn.Module, name: str, data: Iterable[Any], block: Block, samples: int, seed: int) -> Tensor:
     """Return at most `samples` rows that the block receives on the data (rows, in), in float64.
+
+    Of a convolution's input a row is the channels at one position; each batch gives positions of its images at random.
 
     The first batch also shows that the block is a chain: what its last module returns must be what the stages
     compute, and the model's outputs must not change when the first module returns this and the others pass it on.
@@ -157,7 +235,7 @@ def sample_inputs(model: nn.Module, name: str, data: Iterable[Any], block: Block
             seen = _inputs_of(model, modules[0], arguments)
             if not seen:
                 raise LayerError(f"block {name!r}: its first module is not called on this data")
-            found = torch.cat([one.detach().flatten(0, -2) for one in seen])
+            found = torch.cat([block.rows(one.detach()) for one in seen])
             _check_finite(name, found)
             if not rows:
                 _check_chain(model, name, modules, block, arguments)
@@ -193,7 +271,7 @@ def _check_chain(model: nn.Module, name: str, modules: Sequence[nn.Module], bloc
     wanted = _tensors(model(*args, **kwargs))
     first, *rest = modules
     with ExitStack() as stack:
-        stack.enter_context(_computing(first, lambda x: block(x.double()).to(x.dtype)))
+        stack.enter_context(_computing(first, block.replay))
         for module in rest:
             stack.enter_context(_computing(module, lambda x: x))
         try:

@@ -63,10 +63,11 @@ def fitted_to_values(layer: FlexibleLinear, block: Block, inputs: Tensor, held: 
     return fitted if after < before else layer
 
 
-def value_error(layer: FlexibleLinear, block: Block, inputs: Tensor) -> float:
-    """Return the relative Frobenius error of the values, from their mean over these inputs."""
+def value_error(layer: FlexibleLinear, block: Block, inputs: Tensor, *, centred: bool = True) -> float:
+    """Return the relative Frobenius error of the values, if `centred` from their mean over these inputs."""
     wanted = block(inputs)
     with torch.no_grad():
         got = layer(inputs.to(layer.up.weight.dtype)).to(wanted.dtype)
     missed = torch.linalg.vector_norm(got - wanted)
-    return float(missed / torch.linalg.vector_norm(wanted - wanted.mean(0)).clamp_min(1e-300))
+    size = torch.linalg.vector_norm(wanted - wanted.mean(0) if centred else wanted)
+    return float(missed / size.clamp_min(1e-300))

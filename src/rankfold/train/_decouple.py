@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rankfold._progress import track
 from rankfold.decompose import Basis, svd
 from rankfold.errors import BudgetError, DataError, RankfoldError
-from rankfold.layers import FlexibleLinear
-from rankfold.planning import Budget, Choice, Plan, block_modules
+from rankfold.layers import FlexibleLayer, FlexibleLinear
+from rankfold.planning import Budget, Choice, Plan, SolvedBlock, block_choice, block_modules, check_apart
 from rankfold.stats import count_params, walk
 from rankfold.surgery import replace_block
 from rankfold.train._block_data import Block, checked_samples, read_block, sample_inputs
@@ -21,6 +22,8 @@ from rankfold.train._block_tensors import activation_of, affine_error, affordabl
 
 HELD_OUT = 5  # one sample in so many is kept to measure the error on
 MEMORY = 1e9
+SHARES = (4, 8, 16, 32, 64)  # the ranks that are tried by themselves, as parts of the one that saves nothing
+MOST_RANK = 256  # none of them is larger: the time of a solution grows with the square of the rank, and more
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,12 @@ def decouple(  # noqa: PLR0913 (one keyword per choice)
 ) -> tuple[nn.Module, Plan]:
     """Return a new model in which one flexible layer stands for a block, and its plan; the model is not changed.
 
-    The block is a chain of linear layers with pointwise functions between them. Its inputs are sampled on the data;
-    its values and Jacobians there are factorised by `rankfold.decompose.coupled`, in coordinates in which the inputs
-    have unit variance, compressed to the leading `2 rank + 16` of inputs and outputs. The predicted error in the
-    plan is that of the values on one fifth of the samples, which the solver does not see.
+    The block is a chain of linear layers, or of convolutions of kernel 1, with pointwise functions between them, and a
+    BatchNorm behind any of its layers but the last, taken as in eval mode. Its inputs are sampled on the data, those of
+    a convolution at random positions of the images; its values and Jacobians there are factorised by
+    `rankfold.decompose.coupled`, in coordinates in which the inputs have unit variance, compressed to the leading
+    `2 rank + 16` of inputs and outputs. The predicted error in the plan is that of the values on one fifth of the
+    samples, which the solver does not see.
 
     Args:
         model: any module.
@@ -74,7 +79,7 @@ def decouple(  # noqa: PLR0913 (one keyword per choice)
         basis: the family of the activations, as in `rankfold.layers.FlexibleActivation`.
         size: functions per activation.
         element: "relu", "tanh", "gelu" or "" for none; by default the block's own activation where it is curved.
-        samples: how many rows of the block's input to factorise the values and Jacobians at.
+        samples: how many rows of the block's input (of images, positions) to factorise the values and Jacobians at.
         rows: at how many to fit the values afterwards, which takes 8 * rows * in_features bytes; a rank well below the
             width gains much by it where the block has many inputs. 0 leaves the solver's result.
         memory: bytes that the Jacobians may take with the solver's copies; fewer samples are used if they do not fit.
@@ -82,7 +87,8 @@ def decouple(  # noqa: PLR0913 (one keyword per choice)
 
     Raises:
         PlanError: the model has no such block.
-        LayerError: the block branches, or holds a layer that is neither linear nor pointwise.
+        LayerError: the block branches, or holds a layer that is neither linear (a convolution with a kernel, a stride,
+            padding or groups, say) nor pointwise.
         DataError: no data, NaN or Inf in it, fewer samples than the rank.
         BudgetError: a budget that no rank meets, or not on parameters.
         DecompositionError: a rank below 1, an unknown basis.
@@ -101,8 +107,9 @@ def decouple(  # noqa: PLR0913 (one keyword per choice)
     options = _options(chain, basis, size, element)
     rank = _rank(model, block, chain, rank, budget, options)
     parts = _samples(model, block, data, chain, rank, (samples, rows), seed)
-    layer = _solve(chain, parts, rank, _basis(options), memory, seed)
-    plan = _plan(model, block, layer, value_error(layer, chain, parts.held), budget)
+    found = _solve(chain, parts, rank, _basis(options), memory, seed)
+    layer = chain.kind.from_linear(found)
+    plan = _plan(model, block, layer, value_error(found, chain, parts.held), budget)
     return replace_block(model, block, layer), plan
 
 
@@ -138,10 +145,7 @@ def decouple_errors(  # noqa: PLR0913 (one keyword per choice)
     """
     chain = read_block(model, block)
     options = _options(chain, basis, size, element)
-    for rank in ranks:
-        _check_rank(rank)
-    if not ranks:
-        raise RankfoldError("an error curve needs at least one rank")
+    _check_ranks(ranks)
     parts = _samples(model, block, data, chain, max(ranks), (samples, rows), seed)
     points = []
     affine = affine_error(chain, parts.fitted, parts.held)
@@ -151,6 +155,88 @@ def decouple_errors(  # noqa: PLR0913 (one keyword per choice)
         truncated = _low_rank_error(chain, params, parts.held)
         points.append(BlockError(rank, params, value_error(layer, chain, parts.held), truncated, affine))
     return tuple(points)
+
+
+def flexible_candidates(  # noqa: PLR0913 (one keyword per choice)
+    model: nn.Module,
+    blocks: str | Sequence[str],
+    data: Iterable[Any],
+    *,
+    ranks: Sequence[int] | None = None,
+    basis: str = "piecewise",
+    size: int = 8,
+    element: str | None = None,
+    samples: int = 1280,
+    rows: int = 0,
+    memory: float = MEMORY,
+    seed: int = 0,
+) -> dict[str, tuple[SolvedBlock, ...]]:
+    """Return, per block, a flexible layer of each rank for its place, for `plan(…, blocks=…)` to choose among.
+
+    There they compete with all that the layers of a block could become one by one; `apply` with the same `blocks` puts
+    in the one that was chosen. The error of each is that of the block's values on held-out samples, relative to their
+    deviation from the mean where the block's last layer has a bias, and else to the values: as the errors of that
+    layer in the metric "outputs" are.
+
+    Args:
+        model: any module; it is not changed.
+        blocks: names "first:last" of one or several blocks that have no module in common.
+        data: batches, as for `decouple`; with several blocks no iterator, which yields them only once.
+        ranks: of the layers, the same for all blocks; by default a quarter, an eighth, … a 64th of the rank at which a
+            layer has as many parameters as the block, at most 256.
+        basis: as in `decouple`.
+        size: as in `decouple`.
+        element: as in `decouple`.
+        samples: as in `decouple`.
+        rows: as in `decouple`.
+        memory: as in `decouple`.
+        seed: as in `decouple`.
+
+    Raises:
+        RankfoldError: as `decouple` does.
+        PlanError: two blocks have a module in common.
+
+    Example:
+        >>> import torch, rankfold as rf
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4))
+        >>> data = [torch.randn(400, 8)] * 8
+        >>> blocks = flexible_candidates(model, "0:2", data, ranks=(2, 6), samples=300)
+        >>> stats = rf.measure(model, data, moments=True)
+        >>> plan = rf.plan(model, budget=rf.Budget(params=0.5), stats=stats, blocks=blocks)
+        >>> plan.layers["0:2"].rank, rf.apply(model, plan, stats=stats, blocks=blocks)[0].rank
+        (6, 6)
+    """
+    names = (blocks,) if isinstance(blocks, str) else tuple(blocks)
+    if ranks is not None:
+        _check_ranks(ranks)
+    if len(names) > 1 and isinstance(data, Iterator):
+        raise DataError(
+            "an iterator yields its batches only once, and there are several blocks: pass a list or a loader"
+        )
+    check_apart(model, names)
+    chains = {name: read_block(model, name) for name in names}
+    found: dict[str, tuple[SolvedBlock, ...]] = {}
+    for name, chain in chains.items():
+        options = _options(chain, basis, size, element)
+        wanted = _usual_ranks(model, name, chain, options) if ranks is None else ranks
+        parts = _samples(model, name, data, chain, max(wanted), (samples, rows), seed)
+        biased = chain.linears[-1].bias is not None
+        solved = []
+        for rank in track(wanted, f"Solving {name}", total=len(wanted)):
+            layer = _solve(chain, parts, rank, _basis(options), memory, seed)
+            error = value_error(layer, chain, parts.held, centred=biased)
+            solved.append(SolvedBlock(chain.kind.from_linear(layer), error))
+        found[name] = tuple(solved)
+    return found
+
+
+def _usual_ranks(model: nn.Module, name: str, block: Block, options: dict[str, Any]) -> list[int]:
+    """Return the ranks that a block is tried at unless others are given, the highest first."""
+    dense = sum(map(count_params, block_modules(model, name).values()))
+    fixed, unit = _size(block, options)
+    even = max(1, (dense - fixed) // unit)
+    largest = min(even // SHARES[0], MOST_RANK)
+    return sorted({max(1, largest * SHARES[0] // share) for share in SHARES}, reverse=True)
 
 
 def _options(block: Block, basis: str, size: int, element: str | None) -> dict[str, Any]:
@@ -171,6 +257,19 @@ def _check_rank(rank: Any) -> int:
     return rank
 
 
+def _check_ranks(ranks: Sequence[int]) -> None:
+    if not ranks:
+        raise RankfoldError("an error curve needs at least one rank")
+    for rank in ranks:
+        _check_rank(rank)
+
+
+def _size(block: Block, options: dict[str, Any]) -> tuple[int, int]:
+    """Return the parameters of a layer that no neuron has a part in, and those of each neuron."""
+    one, two = (_params(block, rank, options) for rank in (1, 2))
+    return 2 * one - two, two - one
+
+
 def _params(block: Block, rank: int, options: dict[str, Any]) -> int:
     ends = block.linears[0].in_features, block.linears[-1].out_features
     return FlexibleLinear.cost(*ends, 0, rank=rank, **options).params
@@ -188,8 +287,7 @@ def _rank(  # noqa: PLR0913 (private; one caller)
         raise BudgetError("the rank of a block follows from a budget on params alone: Budget(params=…)")
     total = count_params(model)
     rest = total - sum(map(count_params, block_modules(model, name).values()))
-    fixed = 2 * _params(block, 1, options) - _params(block, 2, options)
-    unit = _params(block, 2, options) - _params(block, 1, options)
+    fixed, unit = _size(block, options)
     found = int((budget.params * total - rest - fixed) // unit)
     if found < 1:
         reachable = (rest + fixed + unit) / total
@@ -244,7 +342,7 @@ def _solve(  # noqa: PLR0913 (private; two callers)
     return fitted_to_values(layer, block, parts.fitted, parts.held, seed) if parts.rows else layer
 
 
-def _plan(model: nn.Module, name: str, layer: FlexibleLinear, error: float, budget: Budget | None) -> Plan:
+def _plan(model: nn.Module, name: str, layer: FlexibleLayer, error: float, budget: Budget | None) -> Plan:
     """Return a plan that names the block, and every layer outside it as dense."""
     members = block_modules(model, name)
     choices: dict[str, Choice] = {}
@@ -253,11 +351,7 @@ def _plan(model: nn.Module, name: str, layer: FlexibleLinear, error: float, budg
         if key not in members:
             choices[key] = Choice("dense", params=params, error=0.0, dense_params=params)
         elif key == next(iter(members)):
-            dense = sum(map(count_params, members.values()))
-            options = dict(layer.options)
-            choices[name] = Choice(
-                layer.method, layer.rank, options, params=count_params(layer), error=error, dense_params=dense
-            )
+            choices[name] = block_choice(model, name, SolvedBlock(layer, error))
     return Plan(choices, budget=budget, dense_params=count_params(model))
 
 

@@ -16,7 +16,7 @@ from rankfold._batches import batch_arguments, batch_target, device_of, to_devic
 from rankfold._modes import modes_kept
 from rankfold._progress import track
 from rankfold.errors import DataError, RankfoldError, StoreError
-from rankfold.layers import is_factorised
+from rankfold.layers import TiedHead, is_factorised
 from rankfold.train._batchnorm import batchnorms, reestimate_batchnorm
 from rankfold.train._checkpoint import (
     State,
@@ -284,7 +284,8 @@ def _check(
 
 def trained_groups(model: nn.Module, weight_decay: float, only: str = "all") -> list[dict[str, Any]]:
     """Return parameter groups: ordinary decay for dense weights, none for factors, biases and normalisation."""
-    factors = {id(p) for layer in model.modules() if is_factorised(layer) for p in layer.parameters()}
+    built = [layer for layer in model.modules() if is_factorised(layer) or isinstance(layer, TiedHead)]
+    factors = {id(p) for layer in built for p in layer.parameters()}
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in model.parameters():
