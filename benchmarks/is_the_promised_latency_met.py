@@ -31,7 +31,7 @@ from rankfold.latency import Timing, fastest_layout, steady_clock, time_models
 RESULTS = Path(__file__).parent / "results" / "is_the_promised_latency_met.json"
 MODELS = ("resnet18", "resnet50", "vgg16", "mobilenet_v3_large", "vit_b_16")
 RUNTIMES, BATCHES, THREADS = ("eager", "onnxruntime"), (1, 8), (1, 2)
-BUDGETS = ("latency=0.5", "macs=0.5", "macs=0.25", "macs=0.5,latency=0.55", "macs=0.25,latency=0.3")
+BUDGETS = ("latency=0.5", "macs=0.5", "macs=0.25", "macs=0.5,latency=0.55", "macs=0.25,latency=0.31")
 MET = 1.1  # of a promised latency
 FELT = {0.5: 0.85, 0.25: 0.75}  # shares of MACs kept, and the least speed-up over the reduction of MACs
 COLUMNS = (

@@ -26,7 +26,7 @@ from reproduce.harness import Row
 from reproduce.training import Batches, fitted, outputs, params, plain, scored
 
 # functions that are two flexible layers
-RANKS, PROBLEMS, STARTS = (2, 3, 4), 8, 4
+RANKS, PROBLEMS, STARTS = (2, 3, 4), 6, 4
 WIDTH, SAMPLES, FRESH, BEND = 6, 100, 400, 0.6
 # a trained network, all of it the block
 SEEDS, WIDTHS = (0, 1, 2), (10, 30)
@@ -62,7 +62,7 @@ def solved(rank: int, seed: int, method: str) -> Row:
         fresh_model = one_layer(WIDTH, WIDTH, size) if method == "one" else two_layers((WIDTH, rank, rank, WIDTH))
         model, cost = joint_fit(fresh_model, inputs, values, jacobians, start)
         costs.append(cost)
-        errors.append(float((model(fresh) - wanted).norm() / (wanted - wanted.mean(0)).norm()))
+        errors.append(float((outputs(model, fresh) - wanted).norm() / (wanted - wanted.mean(0)).norm()))
         models.append(model)
     best = int(np.argmin(costs))
     row: Row = {"part": "functions", "rank": rank, "seed": seed, "method": method}
