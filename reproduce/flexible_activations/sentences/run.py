@@ -25,7 +25,7 @@ from reproduce.harness import Row
 from reproduce.planning.minilm.model import Judge, Texts, pretrained
 from reproduce.training import outputs, params
 
-BLOCKS, RANKS = (2, 5), (32, 128)
+BLOCKS, RANKS = (2, 5), (32, 16)
 ALL = "all"  # six blocks at once
 CALIBRATION = 500  # of the 1,500 pairs; the others judge
 SAMPLES, ROWS, HELD = 512, 10_000, 2_000  # tokens for the Jacobians, for all that is fitted, for the error
