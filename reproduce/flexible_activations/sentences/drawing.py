@@ -64,7 +64,7 @@ def write_plot(rows: Rows, path: Path) -> None:
     """Draw the errors of single blocks, and the score with one and with all of them replaced, method by method."""
     cases = _cases(rows)
     blocks = list(dict.fromkeys(block for block, _ in cases))
-    figure, axes = panels(2 * len(blocks), width=4.2 * len(blocks), height=3.2)
+    figure, axes = panels(2 * len(blocks), width=4.2 * len(blocks), height=3.6)
     for k, block in enumerate(blocks):
         for axis, key in zip(axes[2 * k : 2 * k + 2], ("error", "spearman"), strict=True):
             for method, name in METHODS.items():
@@ -76,9 +76,10 @@ def write_plot(rows: Rows, path: Path) -> None:
                 ]
                 axis.plot(*zip(*sorted(points), strict=True), "o-", color=COLOURS[method], label=name)
             unit = "Spearman (%)" if key == "spearman" else key
-            axis.set_title(f"{'all blocks' if block == 'all' else f'block {block}'}: {unit}", loc="left", fontsize=10)
+            axis.set_title(f"{'all six' if block == 'all' else f'block {block}'}: {unit}", loc="left", fontsize=10)
             axis.set(xlabel="parameters", xscale="log")
         axes[2 * k + 1].axhline(rows["dense"]["spearman"], color="#222222", lw=1, ls=":")
         axes[2 * k].set_yscale("log")
-    axes[0].legend(frameon=False, fontsize=7)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     finish(figure, "MLP blocks of all-MiniLM-L6-v2 replaced (dotted: dense)", path)
