@@ -300,6 +300,9 @@ def test_a_budget_gives_the_highest_rank_within_it():
         decouple(model, "0:2", data, budget=Budget(params=0.01))
     with pytest.raises(BudgetError, match="params"):
         decouple(model, "0:2", data, budget=Budget(macs=0.5))
+    for also in ({"macs": 0.5}, {"bytes": 0.5}, {"latency": 0.5}):
+        with pytest.raises(BudgetError, match="params alone"):
+            decouple(model, "0:2", data, budget=Budget(params=0.5, **also))
 
 
 def test_same_seed_same_block():

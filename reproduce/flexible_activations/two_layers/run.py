@@ -46,7 +46,7 @@ def problem(rank: int, seed: int) -> tuple[nn.Sequential, Tensor, Tensor]:
 
 def directions(found: nn.Module, truth: nn.Module) -> float:
     """Return the least |cosine| of the incoming weights of the first layer with the true ones, best paired."""
-    one, two = (nn.functional.normalize(model[0].weight.detach(), dim=1) for model in (found, truth))  # type: ignore[index]
+    one, two = (nn.functional.normalize(model.get_parameter("0.weight").detach(), dim=1) for model in (found, truth))
     cosines = (one @ two.T).abs().numpy()
     return float(np.min(cosines[linear_sum_assignment(cosines, maximize=True)]))
 

@@ -9,7 +9,6 @@ Rows are written as they are done, so that what was stopped goes on where it was
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -111,7 +110,10 @@ class Experiment:
 
     def recalibrated(self, small: nn.Module, texts: str, row: Row) -> nn.Module:
         """Fit the layers to what they get; the row keeps the errors of the outputs before and afterwards."""
-        watch: Callable[[Any], None] = lambda done: row.update(before=done.error_before, after=done.error_after)  # noqa: E731
+
+        def watch(done: Any) -> None:
+            row.update(before=done.error_before, after=done.error_after)
+
         options = {"mask": "attention_mask", "stats": self.stats(texts), "per_pass": PER_PASS, "watch": watch}
         return rf.recalibrate(small, self.model, self.texts(texts).batches, **options)
 

@@ -259,7 +259,7 @@ def _check_rank(rank: Any) -> int:
 
 def _check_ranks(ranks: Sequence[int]) -> None:
     if not ranks:
-        raise RankfoldError("an error curve needs at least one rank")
+        raise RankfoldError("ranks= is empty: give at least one")
     for rank in ranks:
         _check_rank(rank)
 
@@ -283,7 +283,7 @@ def _rank(  # noqa: PLR0913 (private; one caller)
         raise RankfoldError("give either rank= or budget=Budget(params=…), and not both")
     if budget is None:
         return _check_rank(rank)
-    if budget.params is None or budget.macs is not None:
+    if budget.params is None or len(budget.limits) > 1:
         raise BudgetError("the rank of a block follows from a budget on params alone: Budget(params=…)")
     total = count_params(model)
     rest = total - sum(map(count_params, block_modules(model, name).values()))
