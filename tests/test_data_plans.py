@@ -180,15 +180,16 @@ def test_objectives_change_the_sum_and_not_the_errors(objective):
         assert choice.damage == pytest.approx(expected)
 
 
-def test_the_loss_weighs_a_layer_by_its_gradients():
-    plan = planned("fisher", objective="loss", budget=rf.Budget(params=0.9))
+@pytest.mark.parametrize(("objective", "power"), [("loss", 1), ("tempered", 0.5)])
+def test_the_loss_weighs_a_layer_by_its_gradients(objective, power):
+    plan = planned("fisher", objective=objective, budget=rf.Budget(params=0.9))
     for name, choice in plan.layers.items():
         layer, moments = MODEL.get_submodule(name), STATS.layers[name].moments
         metric = STATS.metric(name, rows=True)
         centred = metric.second[0] - torch.outer(metric.mean[0], metric.mean[0])
         weight = layer.weight.detach().double()
         energy = (weight @ centred * weight).sum(1) @ moments.rows
-        assert choice.damage == pytest.approx(float(energy) * choice.error**2, rel=1e-5)
+        assert choice.damage == pytest.approx(float(energy) ** power * choice.error**2, rel=1e-5)
 
 
 # --- what is refused
@@ -207,9 +208,10 @@ WITHOUT_LOSS = rf.measure(MODEL, DATA, moments=True)
         ({"metric": "fisher", "stats": WITHOUT_LOSS}, r"gradients of a loss.*loss=…\)"),
         ({"metric": "fwsvd", "stats": WITHOUT_LOSS}, r"gradients of a loss.*loss=…\)"),
         ({"metric": "outputs", "rule": "uniform", "init": "random"}, "no weight is read"),
-        ({"objective": "best"}, "objective 'best' is none of squares, energy, loss"),
+        ({"objective": "best"}, "objective 'best' is none of squares, energy, loss, tempered"),
         ({"objective": "calibrated"}, "objective 'calibrated' is none of"),
-        ({"objective": "loss", "metric": "outputs"}, "needs metric='fisher'"),
+        ({"objective": "loss", "metric": "outputs"}, "'loss' needs metric='fisher'"),
+        ({"objective": "tempered", "metric": "weights"}, "'tempered' needs metric='fisher'"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
@@ -274,7 +276,7 @@ def test_a_layer_that_lost_its_inputs_is_refused():
 
 
 def test_json_there_and_back():
-    for metric, objective in [("weights", "squares"), ("outputs", "energy"), ("fisher", "loss")]:
+    for metric, objective in [("weights", "squares"), ("outputs", "energy"), ("fisher", "loss"), ("fisher", "tempered")]:
         plan = planned(metric, objective=objective)
         assert rf.Plan.from_json(plan.to_json()) == plan
         assert ('"metric"' in plan.to_json()) == (metric != "weights")

@@ -18,6 +18,7 @@ COLOURS = {
     "whitening": "#0072b2",
     "outputs": "#cc79a7",
     "loss": "#56b4e9",
+    "tempered loss": "#f0e442",
     "ours": "#009e73",
 }
 

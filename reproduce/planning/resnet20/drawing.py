@@ -17,7 +17,8 @@ STAGES = {
     "decided": "decided",
     "tuned": "3 epochs",
 }
-DRAWN = {"one_shot": "One shot", "recalibrated": "Recalibrated, no gradient step"}
+DRAWN = {"one_shot": "One shot", "recalibrated": "Recalibrated, no gradient step: another scale"}
+SCALES = {"one_shot": (0, 100), "recalibrated": (70, 95)}
 # Colours of Okabe and Ito (2008), told apart with any colour vision.
 STYLES = {
     "svd": ("#0072b2", "o", "SVD"),
@@ -150,7 +151,7 @@ def _draw(axis: Axes, stage: str, rows: Rows) -> None:
     axis.set_title(DRAWN[stage], loc="left", fontsize=10.5)
     axis.set_xlabel("MACs kept (%)")
     axis.invert_xaxis()
-    axis.set_ylim(0, 100)
+    axis.set_ylim(SCALES[stage])
 
 
 def _what(row: Row) -> tuple[str | None, ...]:

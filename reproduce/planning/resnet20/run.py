@@ -65,11 +65,12 @@ COMPARED = [
     Setting("mix", objective="energy"),
     Setting("mix", metric="fisher"),
     Setting("mix", metric="fisher", objective="loss"),
+    Setting("mix", metric="fisher", objective="tempered"),
     Setting("mix", objective="calibrated"),
     *(Setting("svd", metric=metric) for metric in ("fisher", "fwsvd", "asvd", "whitening")),
 ]
 QUICK = [Setting("mix", metric=metric) for metric in GRADES]
-TUNED = [Setting("mix"), Setting("mix", metric="weights"), Setting("svd")]
+TUNED = [Setting("mix", objective="calibrated"), Setting("mix", metric="weights"), Setting("svd")]
 
 
 class Study(Experiment):

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
-SQUARES, LOSS, CALIBRATED = "squares", "loss", "calibrated"
+SQUARES, LOSS, TEMPERED, CALIBRATED = "squares", "loss", "tempered", "calibrated"
+WEIGHED = (LOSS, TEMPERED)  # those that need gradients of a loss
 LOST = 1 - 1e-9  # the largest squared error that the product of energies tells from others
 
 Damage = Callable[[float, float], float]
@@ -23,6 +24,7 @@ OBJECTIVES: Mapping[str, Damage | None] = MappingProxyType(
         SQUARES: None,
         "energy": _energy,
         LOSS: lambda error, weight: weight * error**2,
+        TEMPERED: lambda error, weight: math.sqrt(weight) * error**2,
         CALIBRATED: None,  # the terms are measured, by `calibrate`
     }
 )

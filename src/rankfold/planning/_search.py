@@ -17,7 +17,7 @@ from rankfold.planning._candidates import Job, layer_seed, run
 from rankfold.planning._joint import check_blocks, contests
 from rankfold.planning._metrics import AUTO, WEIGHTS, check_stats, metric_name, signal
 from rankfold.planning._names import selected
-from rankfold.planning._objectives import CALIBRATED, LOSS, OBJECTIVES, SQUARES
+from rankfold.planning._objectives import CALIBRATED, OBJECTIVES, SQUARES, WEIGHED
 from rankfold.planning._plan import Choice, Plan, methods
 from rankfold.planning._refusals import layer_refusal, structural_refusals, without_values
 from rankfold.planning._rules import INITS, RULES, Init, Rule, Select, rule_of
@@ -96,7 +96,8 @@ def plan(  # noqa: PLR0913
             statistics, an embedding say, is planned on its weight, and its choice says so. Of an embedding with a tied
             head it is the mean of the squared errors of the head's outputs and of the weight.
         objective: the sum over layers that "optimal" makes small: "squares" of the errors; "energy", of
-            -log(1 - e^2); "loss", of what e^2 may change the loss by (needs metric="fisher").
+            -log(1 - e^2); "loss", of what e^2 may change the loss by; "tempered", of e^2 times the root of what it
+            would change the loss by, for data that are unlike those in use (these two need metric="fisher").
         blocks: solved layers that could each stand for several layers in a row, by the name of the block
             "first:last", from `rankfold.train.flexible_candidates`: each competes with all that the block's layers
             could become one by one. Rule "optimal" and metric "outputs" alone compare them: the sum takes every
@@ -255,8 +256,8 @@ def _check(request: _Request, stats: Stats | None) -> None:
     if request.objective not in OBJECTIVES or request.objective == CALIBRATED:
         known = ", ".join(name for name in OBJECTIVES if name != CALIBRATED)
         raise PlanError(f"objective {request.objective!r} is none of {known}")
-    if request.objective == LOSS and request.metric != "fisher":
-        raise PlanError(f"objective {LOSS!r} needs metric='fisher' (now {request.metric!r})")
+    if request.objective in WEIGHED and request.metric != "fisher":
+        raise PlanError(f"objective {request.objective!r} needs metric='fisher' (now {request.metric!r})")
 
 
 def _dense_choices(  # noqa: PLR0913
@@ -357,7 +358,8 @@ def _weighed(job: Job, choices: tuple[Choice, ...], request: _Request) -> tuple[
     if damage is None or job.weightless:
         return choices
     calls = job.head_calls or job.calls
-    weight = signal(job.name, job.layer, job.metric, calls, job.batch_size) if request.objective == LOSS else 1.0
+    weighed = request.objective in WEIGHED
+    weight = signal(job.name, job.layer, job.metric, calls, job.batch_size) if weighed else 1.0
     return tuple(replace(choice, damage=damage(choice.error or 0.0, weight)) for choice in choices)
 
 
