@@ -276,7 +276,8 @@ def test_a_layer_that_lost_its_inputs_is_refused():
 
 
 def test_json_there_and_back():
-    for metric, objective in [("weights", "squares"), ("outputs", "energy"), ("fisher", "loss"), ("fisher", "tempered")]:
+    pairs = [("weights", "squares"), ("outputs", "energy"), ("fisher", "loss"), ("fisher", "tempered")]
+    for metric, objective in pairs:
         plan = planned(metric, objective=objective)
         assert rf.Plan.from_json(plan.to_json()) == plan
         assert ('"metric"' in plan.to_json()) == (metric != "weights")

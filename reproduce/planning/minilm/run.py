@@ -56,7 +56,8 @@ RULES = {
     "tempered loss, allocated": Rule("fisher", "optimal", "tempered"),
     "ours": Rule("fisher", "optimal", "tempered", recalibrate=True),
 }
-FIRST = ("plain SVD", "FWSVD", "ASVD", "whitening", "loss, allocated", "tempered loss, allocated", "ours")  # measured before the others
+# measured before the others
+FIRST = ("plain SVD", "FWSVD", "ASVD", "whitening", "loss, allocated", "tempered loss, allocated", "ours")
 
 
 class Experiment:
