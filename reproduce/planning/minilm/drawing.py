@@ -89,10 +89,11 @@ def _recalibrated(rows: Rows) -> tuple[list[str], list[list[str]]]:
 
 def write_plot(rows: Rows, path: Path) -> None:
     """Draw the correlation over the share kept, a panel for each set of texts."""
-    figure, axes = panels(2, width=10.5, height=4.2)
+    figure, axes = panels(2, width=10.5, height=4.6)
     for axis, texts in zip(axes, SETS, strict=True):
         _draw(axis, rows, texts)
-    axes[0].legend(frameon=False, loc="lower left", fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     finish(figure, "all-MiniLM-L6-v2 without training", path)
 
 
