@@ -105,6 +105,7 @@ def recalibrate(  # noqa: PLR0913
         per_pass: layers that are solved for on the inputs of one run, without regard to each other; None for all of
             them at once.
         damping: eps over the mean diagonal of E[x' x'^T]; by default the best of several on rows left out.
+            Those rows are of the same data: where the data in use will differ, 10 keeps layers near what they are.
         mask: padding tokens that are not to be counted, as in `measure`.
         stats: from `measure` with a loss: each output of a layer then counts by its mean squared gradient. It is what
             goes with a plan in the metric "fisher": in transformers few outputs are so large that they drown the rest.
