@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -35,6 +36,11 @@ BUDGETS = ("latency=0.5", "macs=0.5", "macs=0.25", "macs=0.5,latency=0.55", "mac
 MET = 1.1  # of a promised latency
 ASKED = 4  # times at most
 SLACK = 1.02  # over the closest reachable budget, which the next measurement may find a little higher
+KEPT_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
 FELT = {0.5: 0.85, 0.25: 0.75}  # shares of MACs kept, and the least speed-up over the reduction of MACs
 COLUMNS = (
     "model",
@@ -139,6 +145,7 @@ def verdict(result: dict[str, Any]) -> str:
 def row(result: dict[str, Any]) -> list[str]:
     """Return a result as cells of the table."""
     head = [str(result[name]) for name in COLUMNS[:5]]
+    head[1] += ", memory kept" if result.get("kept_memory") else ""
     if "faster" not in result:
         return [*head, *["-"] * (len(COLUMNS) - 6), verdict(result)]
     return [
@@ -166,7 +173,8 @@ def write(results: dict[str, dict[str, Any]]) -> None:
         "BatchNorm folded into dense and compressed models alike, methods svd and tucker. Faster: the median over "
         "interleaved rounds of dense over compressed, processor time on one thread, time on the wall on two. "
         "Promised: the sum over layers after the last correction. Planned in: seconds to measure, plan, verify and "
-        "decompose; layers that an earlier row timed come from the cache.",
+        "decompose; layers that an earlier row timed come from the cache. Memory kept: glibc was told not to give the "
+        "memory of large tensors back to the system, by " + " ".join(f"{k}={v}" for k, v in KEPT_MEMORY.items()) + ".",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + " --- |" * len(COLUMNS),
@@ -180,13 +188,19 @@ def write(results: dict[str, dict[str, Any]]) -> None:
 def in_own_process(setting: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]:
     """Run `check` in a process of its own; a failure is a result too."""
     words = [json.dumps(setting), "--worker", "--seconds", str(options.seconds)]
-    head = dict(zip(COLUMNS, setting, strict=False))
+    head = {**dict(zip(COLUMNS, setting, strict=False)), "kept_memory": options.kept_memory}
+    environment = {**os.environ, **(KEPT_MEMORY if options.kept_memory else {})}
     try:
         done = subprocess.run(
-            [sys.executable, __file__, *words], capture_output=True, text=True, timeout=options.timeout, check=True
+            [sys.executable, __file__, *words],
+            capture_output=True,
+            text=True,
+            timeout=options.timeout,
+            check=True,
+            env=environment,
         )
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return result
+        return {**result, "kept_memory": options.kept_memory}
     except subprocess.TimeoutExpired:
         return {**head, "note": f"not finished in {options.timeout:.0f} s"}
     except subprocess.CalledProcessError as error:
@@ -202,6 +216,7 @@ def main() -> None:
     parser.add_argument("--batch", action="append", type=int, help="only this batch size")
     parser.add_argument("--threads", action="append", type=int, help="only this number of threads")
     parser.add_argument("--budget", action="append", help="only this budget, such as macs=0.5,latency=0.6")
+    parser.add_argument("--kept-memory", action="store_true", help="let glibc keep the memory of large tensors")
     parser.add_argument("--seconds", type=float, default=90, help="time to spend on the layers of one model")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for one setting")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -218,7 +233,7 @@ def main() -> None:
         options.budget or BUDGETS,
     )
     for setting in settings:
-        key = " ".join(map(str, setting))
+        key = " ".join([*map(str, setting), *(["kept memory"] if options.kept_memory else [])])
         if key in results and not options.models:
             continue
         results[key] = in_own_process(setting, options)

@@ -146,6 +146,14 @@ def test_every_setting_has_its_file(tmp_path):
     assert len({cache_file(tmp_path, setting) for setting in others}) == len(others)
 
 
+def test_another_allocator_is_another_setting(monkeypatch):
+    model, x = mlp(8, 8), torch.ones(2, 8)
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    before = timed(model, x).setting
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
+    assert timed(model, x).setting.hardware == f"{before.hardware}, MALLOC_MMAP_THRESHOLD_=1000000"
+
+
 def _good():
     curve = {"method": "svd", "options": {}, "axes": [[4, 8]], "shares": [0.5, 0.7], "grain": 1}
     setting = {"runtime": "eager", "threads": 1, "device": "cpu", "hardware": "a processor", "torch": "2.6"}

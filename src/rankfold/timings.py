@@ -337,6 +337,9 @@ def _is_channels_last(tensor: Tensor) -> bool:
     return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
+ALLOCATORS = ("GLIBC_TUNABLES", "LD_PRELOAD")
+
+
 def _setting(model: nn.Module, timing: Timing) -> Setting:
     """Return what tells one measurement's conditions from another's."""
     device, runtime = device_of(model), timing.runtime
@@ -354,7 +357,13 @@ def _setting(model: nn.Module, timing: Timing) -> Setting:
 def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
+    return ", ".join([_processor(), torch.backends.cpu.get_cpu_capability(), f"{os.cpu_count()} cores", *_allocator()])
+
+
+def _allocator() -> list[str]:
+    """Return what the environment says of the allocator: fresh pages for every large tensor take time of their own."""
+    chosen = {key: value for key, value in sorted(os.environ.items()) if key in ALLOCATORS or key.startswith("MALLOC_")}
+    return [f"{key}={value}" for key, value in chosen.items() if value]
 
 
 def _processor() -> str:
