@@ -154,7 +154,7 @@ class Setting:
         runtime: "eager", "compile", "onnxruntime", or the name of a user's function.
         threads: threads per operation.
         device: type of the device, "cpu" say.
-        hardware: what tells it from other devices of the type.
+        hardware: what tells it from other devices of the type, and an allocator that the environment asks for.
         torch: version of torch.
         library: version of the runtime's library, where it is another.
     """

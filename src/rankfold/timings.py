@@ -35,6 +35,7 @@ from rankfold.layers import (
 from rankfold.runtimes import layer_runtime_of
 from rankfold.stats import Stats, left_alone, uncompiled, walk
 
+ALLOCATORS = ("GLIBC_TUNABLES", "LD_PRELOAD")  # and MALLOC_…: what the environment says of the allocator
 SHARES = {1: (1 / 8, 1 / 4, 1 / 2, 4 / 5), 2: (1 / 6, 2 / 5, 4 / 5)}
 """Ranks to time, as shares of the largest with fewer parameters, by the number of entries of a rank."""
 STEPS = (4, 8, 16, 32)
@@ -335,9 +336,6 @@ def _over(times: Mapping[str, Latency], form: Form, ranks: Sequence[Rank]) -> tu
 def _is_channels_last(tensor: Tensor) -> bool:
     """Tell whether a tensor lies in memory with the channels last, and only so."""
     return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-
-
-ALLOCATORS = ("GLIBC_TUNABLES", "LD_PRELOAD")
 
 
 def _setting(model: nn.Module, timing: Timing) -> Setting:
