@@ -266,3 +266,19 @@ def test_a_copied_and_a_moved_layer_plans_as_before():
     for other in (copy.deepcopy(layer), copy.deepcopy(layer).double()):
         torch.testing.assert_close(other(x.to(other.up.weight.dtype)).float(), layer(x))
         assert other._grouping(x.to(other.up.weight.dtype)) == layer._grouping(x)
+
+
+def test_what_is_a_chain_anyway_takes_the_short_way_and_is_the_same():
+    chain, rebuilt = layers.CPConv2d(256, 256, 3, rank=256), layers.CPConv2d(1, 10, 3, rank=6)
+    x, image = torch.randn(1, 256, 14, 14), torch.randn(1, 1, 28, 28)
+    with torch.no_grad():
+        for layer, given in ((chain, x), (rebuilt, image)):
+            torch.testing.assert_close(layer(given), layer(given), rtol=0, atol=0)
+        assert chain._unmerged == {(x.shape, x.dtype)}
+        assert not rebuilt._unmerged
+        seen = []
+        chain.down.register_forward_hook(lambda *call: seen.append(call))
+        chain(x)
+        assert len(seen) == 1  # what is changed afterwards is still called
+    chain(x)[0, 0, 0, 0].backward()
+    assert chain.up.weight.grad is not None

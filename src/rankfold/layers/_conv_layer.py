@@ -123,6 +123,7 @@ class FactorisedConv(TwinLayer):
         telling = (k for k, stage in enumerate(self._stages) if math.prod(stage.kernel_size) > 1)
         self._telling = next(telling, None) if len(shape.kernel_size) > 1 else None
         self._plans: dict[tuple[Any, ...], Groups] = {}
+        self._unmerged: set[tuple[Any, ...]] = set()  # shapes that are a chain in either memory format
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -135,6 +136,11 @@ class FactorisedConv(TwinLayer):
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Conv gives it
         """Convolve, stage by stage or with stages merged, as planned for this input."""
+        asked = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if not asked and (input.shape, input.dtype) in self._unmerged:  # the short way is felt in small models
+            for name in self._stage_names:
+                input = self._modules[name](input)  # type: ignore[misc]
+            return input
         for start, stop in self._grouping(input):
             if stop - start == 1:
                 stage = self._modules[self._stage_names[start]]
@@ -182,8 +188,14 @@ class FactorisedConv(TwinLayer):
         if groups is None:
             if len(self._plans) >= MOST_PLANS:
                 self._plans.clear()
-            groups = self._plans[key] = plan_chain(self._stages, tuple(input.shape), Mode(*mode)).groups
+                self._unmerged.clear()
+            groups = self._plans[key] = self._planned(input.shape, Mode(*mode))
+            if all(self._planned(input.shape, Mode(last, itemsize=mode[-1])) == self._chain for last in (False, True)):
+                self._unmerged.add((input.shape, input.dtype))
         return groups
+
+    def _planned(self, shape: Sequence[int], mode: Mode) -> Groups:
+        return plan_chain(self._stages, tuple(shape), mode).groups
 
     def _mode(self, weights: Sequence[Tensor], input: Tensor | None) -> tuple[bool, bool, bool, int]:
         """Return the fields of a `Mode`; plain, since every call asks."""
