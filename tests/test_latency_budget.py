@@ -203,11 +203,31 @@ def test_so_many_tries_and_no_more(monkeypatch):
     assert len(fake.races) == promises.TRIES
 
 
-def test_what_no_longer_fits_once_corrected_says_the_closest(monkeypatch):
-    _, fake, run = promised(monkeypatch, [0.7])
-    with pytest.raises(rf.BudgetError, match=r"closest reachable is latency=0\.5200"):
+def test_what_no_longer_fits_once_corrected_says_the_closest_that_was_measured(monkeypatch):
+    _, fake, run = promised(monkeypatch, [0.7, 0.56])
+    with pytest.raises(
+        rf.BudgetError, match=r"latency=0\.5 .* closest reachable is latency=0\.560\d \(measured"
+    ) as caught:
         run()
-    assert len(fake.races) == 1
+    assert len(fake.races) == 2
+    assert caught.value.closest.measured.kept == 0.56
+
+
+def test_what_the_layers_can_not_promise_is_returned_where_the_model_keeps_it(monkeypatch):
+    _, fake, run = promised(monkeypatch, [0.16], share=0.15)
+    with pytest.raises(rf.BudgetError, match=r"closest reachable is latency=0\.1600 \(measured"):
+        run()
+    _, fake, run = promised(monkeypatch, [0.15], share=0.15)
+    plan = run()
+    assert (plan.measured.kept, plan.budget, len(fake.races)) == (0.15, rf.Budget(latency=0.15), 1)
+    assert plan.latency > 0.15 * plan.dense_latency
+
+
+def test_where_another_quantity_is_in_the_way_nothing_is_timed(monkeypatch):
+    _, fake, run = promised(monkeypatch, [], share=0.1, params=0.001)
+    with pytest.raises(rf.BudgetError, match=r"closest reachable is params="):
+        run()
+    assert not fake.races
 
 
 def test_never_slower_than_dense(monkeypatch):

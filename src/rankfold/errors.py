@@ -1,5 +1,12 @@
 """The errors that Rankfold raises: all derive from `RankfoldError`, itself a `ValueError`."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rankfold.planning import Plan
+
 
 class RankfoldError(ValueError):
     """Base of every error raised on purpose by Rankfold."""
@@ -22,7 +29,15 @@ class PlanError(RankfoldError):
 
 
 class BudgetError(RankfoldError):
-    """A budget cannot be met; the message says what the closest reachable value is."""
+    """A budget cannot be met; the message says what the closest reachable value is.
+
+    Attributes:
+        closest: the plan that comes closest, where there is one.
+    """
+
+    def __init__(self, message: str, closest: Plan | None = None) -> None:
+        super().__init__(message)
+        self.closest = closest
 
 
 class StoreError(RankfoldError):

@@ -11,7 +11,7 @@ from torch import nn
 
 from rankfold.errors import BudgetError, PlanError
 from rankfold.latency import Timing, steady_clock, time_models
-from rankfold.planning import Budget, Candidates, Choice, Measured, Plan
+from rankfold.planning import Budget, Candidates, Choice, Measured, Plan, excess, refusal
 from rankfold.surgery import apply
 
 TRIES = 3
@@ -28,8 +28,9 @@ def plan_in_time(
 
     The sum over layers is a promise: layers run in other company than alone. The model of the first plan is built with
     random weights and timed beside the dense one. Where it saves another time than promised, all times of layers are
-    scaled by the ratio of the two and the plan is made anew, three times at most; of the plans that keep the budget
-    the one of least error is returned, with what was promised (`latency`) and what was measured (`measured`).
+    scaled by the ratio of the two and the plan is made anew, three times at most. Where the layers can't promise the
+    budget, the plan that comes closest is timed in the same way before it is given up. Of the plans that keep the
+    budget the one of least error is returned, with what was promised (`latency`) and what was measured (`measured`).
 
     Args:
         model: the dense model.
@@ -39,32 +40,42 @@ def plan_in_time(
         timing: runtime and threads, as the times of the layers were measured in.
 
     Raises:
-        BudgetError: no plan keeps the budget; says the closest latency that was reached.
+        BudgetError: no plan keeps the budget; says the closest latency that was measured.
         PlanError: a budget without latency.
     """
     if budget.latency is None:
         raise PlanError("this plans within a latency: give a budget with one, such as Budget(latency=0.5)")
     timing = timing or Timing()
-    found, tried, refused = candidates.plan(budget), [], None
-    while True:
-        if all(choice.method == "dense" for choice in found.layers.values()):
-            tried.append(found)
-            break
-        tried.append(replace(found, measured=_measured(model, found, example, timing)))
-        if EARLY <= _kept(tried[-1]) / budget.latency <= LATE or len(tried) == TRIES:
-            break
-        candidates = candidates.slower(_correction(tried[-1]))
+    tried: list[Plan] = []
+    refused = None
+    while refused is None and len(tried) < TRIES:
         try:
             found = candidates.plan(budget)
         except BudgetError as error:
-            refused = error
+            refused, found = error, _closest(candidates, budget, error.closest)
+        if tried and _what(found.layers) == _what(tried[-1].layers):
             break
-        if _what(found.layers) == _what(tried[-1].layers):
+        if all(choice.method == "dense" for choice in found.layers.values()):
+            tried += [] if refused else [found]
             break
+        tried.append(replace(found, measured=_measured(model, found, example, timing)))
+        if EARLY <= _kept(tried[-1]) / budget.latency <= LATE:
+            break
+        candidates = candidates.slower(_correction(tried[-1]))
     kept = [plan for plan in tried if _kept(plan) <= min(1.0, TOLERATED * budget.latency)]
-    if not kept:
-        raise refused or _not_kept(tried, budget.latency)
-    return min(kept, key=lambda plan: -_kept(plan) if plan.error is None else plan.error)
+    if kept:
+        return min(kept, key=lambda plan: -_kept(plan) if plan.error is None else plan.error)
+    if refused:
+        raise refusal(min(tried, key=_kept), candidates.rule.name) if tried else refused
+    raise _not_kept(min(tried, key=_kept), budget.latency)
+
+
+def _closest(candidates: Candidates, budget: Budget, cheapest: Plan | None) -> Plan:
+    """Return the best plan within a hair of the least latency that the layers can promise, or else the dense one."""
+    if cheapest is None or cheapest.latency is None or excess(cheapest) != {"latency"}:
+        return candidates.whole
+    share = min(1.0, LATE * cheapest.latency / (cheapest.dense_latency or 1.0))
+    return replace(candidates.plan(replace(budget, latency=share)), budget=budget)
 
 
 def _measured(model: nn.Module, plan: Plan, example: Any, timing: Timing) -> Measured:
@@ -97,12 +108,12 @@ def _what(layers: Mapping[str, Choice]) -> list[Any]:
     return [(name, choice.method, choice.rank, dict(choice.options)) for name, choice in layers.items()]
 
 
-def _not_kept(tried: list[Plan], wanted: float) -> BudgetError:
+def _not_kept(closest: Plan, wanted: float) -> BudgetError:
     """Return the error where plans promised a latency and none kept it."""
-    closest = min(tried, key=_kept)
     share = math.ceil(_kept(closest) * 10_000) / 10_000
     return BudgetError(
         f"the budget latency={wanted:g} can't be met: plans promised it, but the whole model did not keep it. The "
         f"closest reachable is latency={share:.4f} (measured: {closest.measured or 'the dense model'}); raise the "
-        "budget, add methods or exclude fewer layers"
+        "budget, add methods or exclude fewer layers",
+        closest,
     )

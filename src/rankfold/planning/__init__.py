@@ -22,7 +22,7 @@ from rankfold.planning._plan import Choice, Plan
 from rankfold.planning._refusals import layer_refusal, structural_refusals, without_values
 from rankfold.planning._rules import INITS, RULES, Init, Select
 from rankfold.planning._search import candidates, plan, planned_metric
-from rankfold.planning._select import Candidates
+from rankfold.planning._select import Candidates, excess, refusal
 from rankfold.planning._ties import TIED_METHODS, tied_heads
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "check_apart",
     "check_blocks",
     "check_stats",
+    "excess",
     "fresh_block",
     "is_block",
     "layer_refusal",
@@ -57,6 +58,7 @@ __all__ = [
     "near",
     "plan",
     "planned_metric",
+    "refusal",
     "run",
     "selected",
     "solved_block",

@@ -66,7 +66,8 @@ class Candidates:
         unpaid = (UNTIMED if "latency" in self.quantities else UNPAID).format(" or ".join(self.methods))
         choices = _explained(self._select(whole), self.layers, unpaid)
         result = replace(whole, layers=in_place(choices, whole.layers, self.blocks))
-        _refuse_excess(result, self.rule.name)
+        if excess(result):  # it is the cheapest that the rule found
+            raise refusal(result, self.rule.name)
         return result
 
     def _select(self, whole: Plan) -> dict[str, Choice]:
@@ -130,18 +131,22 @@ def _explained(choices: Mapping[str, Choice], candidates: Choices, unpaid: str) 
     return explained
 
 
-def _refuse_excess(result: Plan, rule: str) -> None:
-    """Raise where a plan exceeds its budget; the plan is then the cheapest that its rule found."""
-    allowed = _allowed(result)
-    excess = [q for q, limit in allowed.items() if getattr(result, q) > limit * ROUNDING]
-    if not excess:
-        return
-    wanted = ", ".join(f"{q}={result.budget.limits[q]:g} ({amount(q, limit)})" for q, limit in allowed.items())  # type: ignore[union-attr]
-    reached = ", ".join(_reached(result, q) for q in allowed)
-    raise BudgetError(
-        f"the budget {wanted} can't be met by the {rule} rule: the closest reachable is {reached}; {_obstacles(result)}"
-        "raise the budget, add methods or exclude fewer layers"
+def refusal(closest: Plan, rule: str) -> BudgetError:
+    """Return the error of a budget that can't be met, with the plan of that budget that a rule came closest with."""
+    limits = closest.budget.limits if closest.budget else {}
+    allowed = _allowed(closest)
+    wanted = ", ".join(f"{q}={limits[q]:g} ({amount(q, limit)})" for q, limit in allowed.items())
+    reached = ", ".join(_reached(closest, q) for q in allowed)
+    return BudgetError(
+        f"the budget {wanted} can't be met by the {rule} rule: the closest reachable is {reached}; "
+        f"{_obstacles(closest)}raise the budget, add methods or exclude fewer layers",
+        closest,
     )
+
+
+def excess(plan: Plan) -> set[str]:
+    """Return the quantities of its budget that a plan exceeds."""
+    return {quantity for quantity, limit in _allowed(plan).items() if getattr(plan, quantity) > limit * ROUNDING}
 
 
 def _obstacles(result: Plan) -> str:
@@ -157,6 +162,8 @@ def _obstacles(result: Plan) -> str:
 
 
 def _reached(result: Plan, quantity: str) -> str:
+    if quantity == "latency" and result.measured:
+        return f"latency={math.ceil(result.measured.kept * 10_000) / 10_000:.4f} (measured: {result.measured})"
     value, dense = getattr(result, quantity), getattr(result, f"dense_{quantity}")
     # Rounded up, so that the value that is read off the message is reachable.
     share = math.ceil(value * 10_000 / dense) / 10_000
