@@ -198,7 +198,7 @@ def test_a_plan_that_kept_it_is_returned_where_a_bolder_one_does_not(monkeypatch
 
 def test_so_many_tries_and_no_more(monkeypatch):
     _, fake, run = promised(monkeypatch, [0.6, 0.59, 0.58, 0.57, 0.56])
-    with pytest.raises(rf.BudgetError, match=r"closest reachable is latency=0\.58"):
+    with pytest.raises(rf.BudgetError, match=r"closest reachable is latency=0\.57"):
         run()
     assert len(fake.races) == promises.TRIES
 
@@ -221,6 +221,16 @@ def test_what_the_layers_can_not_promise_is_returned_where_the_model_keeps_it(mo
     plan = run()
     assert (plan.measured.kept, plan.budget, len(fake.races)) == (0.15, rf.Budget(latency=0.15), 1)
     assert plan.latency > 0.15 * plan.dense_latency
+
+
+def test_between_a_plan_that_is_late_and_one_that_is_early_there_is_another(monkeypatch):
+    # late; the closest, since the layers now can't promise it, is far too early; half way from a saving of 0.5 to 0.79
+    found, fake, run = promised(monkeypatch, [0.7, 0.3, 0.5])
+    plan = run()
+    assert (len(fake.races), plan.measured.kept) == (3, 0.5)
+    expected = found.plan(rf.Budget(latency=1 - (0.5 + 0.79) / 2))
+    assert plan.error == pytest.approx(expected.error, rel=0.02)
+    assert found.plan(rf.Budget(latency=0.5)).error < 0.9 * plan.error
 
 
 def test_where_another_quantity_is_in_the_way_nothing_is_timed(monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +11,10 @@ from torch import nn
 
 from rankfold.errors import BudgetError, PlanError
 from rankfold.latency import Timing, steady_clock, time_models
-from rankfold.planning import Budget, Candidates, Choice, Measured, Plan, excess, refusal
+from rankfold.planning import Budget, Candidates, Measured, Plan, excess, refusal
 from rankfold.surgery import apply
 
-TRIES = 3
+TRIES = 4
 LATE, EARLY = 1.02, 0.95  # measured over wanted: outside of these a plan is worth another try
 TOLERATED = 1.05  # what is kept may be so much above the budget after the last try: measurements scatter
 LEAST_FACTOR, LARGEST_FACTOR = 0.05, 4.0
@@ -28,9 +28,10 @@ def plan_in_time(
 
     The sum over layers is a promise: layers run in other company than alone. The model of the first plan is built with
     random weights and timed beside the dense one. Where it saves another time than promised, all times of layers are
-    scaled by the ratio of the two and the plan is made anew, three times at most. Where the layers can't promise the
-    budget, the plan that comes closest is timed in the same way before it is given up. Of the plans that keep the
-    budget the one of least error is returned, with what was promised (`latency`) and what was measured (`measured`).
+    scaled by the ratio of the two, or by what lies between two plans on either side, and the plan is made anew, three
+    times at most. Where the layers can't promise the budget, the plan that comes closest is timed in the same way
+    before it is given up. Of the plans that keep the budget the one of least error is returned, with what was promised
+    (`latency`) and what was measured (`measured`).
 
     Args:
         model: the dense model.
@@ -47,21 +48,25 @@ def plan_in_time(
         raise PlanError("this plans within a latency: give a budget with one, such as Budget(latency=0.5)")
     timing = timing or Timing()
     tried: list[Plan] = []
-    refused = None
-    while refused is None and len(tried) < TRIES:
+    savings: list[tuple[float, float]] = []  # by the times of the layers, and of the whole model
+    factor = 1.0
+    while len(tried) < TRIES:
+        scaled, refused = candidates.slower(factor), None
         try:
-            found = candidates.plan(budget)
+            found = scaled.plan(budget)
         except BudgetError as error:
-            refused, found = error, _closest(candidates, budget, error.closest)
-        if tried and _what(found.layers) == _what(tried[-1].layers):
+            refused, found = error, _closest(scaled, budget, error.closest)
+        if any(_what(found) == _what(plan) for plan in tried):
             break
         if all(choice.method == "dense" for choice in found.layers.values()):
             tried += [] if refused else [found]
             break
         tried.append(replace(found, measured=_measured(model, found, example, timing)))
-        if EARLY <= _kept(tried[-1]) / budget.latency <= LATE:
+        share = _kept(tried[-1]) / budget.latency
+        if EARLY <= share <= LATE or (refused and share > LATE):
             break
-        candidates = candidates.slower(_correction(tried[-1]))
+        savings.append((_promised(found) / factor, 1 - _kept(tried[-1])))
+        factor = _correction(savings, 1 - budget.latency)
     kept = [plan for plan in tried if _kept(plan) <= min(1.0, TOLERATED * budget.latency)]
     if kept:
         return min(kept, key=lambda plan: -_kept(plan) if plan.error is None else plan.error)
@@ -98,14 +103,29 @@ def _kept(plan: Plan) -> float:
     return 1.0 if plan.measured is None else plan.measured.kept
 
 
-def _correction(plan: Plan) -> float:
-    """Return the time that was saved over the time that was promised to be."""
-    promised = 1 - (plan.latency or 0.0) / (plan.dense_latency or 1.0)
-    return min(max((1 - _kept(plan)) / max(promised, 1e-9), LEAST_FACTOR), LARGEST_FACTOR)
+def _promised(plan: Plan) -> float:
+    """Return the share of the dense time that the layers of a plan promise to save."""
+    return 1 - (plan.latency or 0.0) / (plan.dense_latency or 1.0)
 
 
-def _what(layers: Mapping[str, Choice]) -> list[Any]:
-    return [(name, choice.method, choice.rank, dict(choice.options)) for name, choice in layers.items()]
+def _correction(savings: Sequence[tuple[float, float]], wanted: float) -> float:
+    """Return the factor on the times of the layers with which a plan that promises to save so much will save it.
+
+    The savings promised and measured of the plans so far: between the nearest two on either side of what is wanted the
+    truth is taken to be a straight line, and beyond all of them to be proportional to the last.
+    """
+    promised, true = savings[-1]
+    below = max((pair for pair in savings if pair[1] < wanted), key=lambda pair: pair[1], default=None)
+    above = min((pair for pair in savings if pair[1] >= wanted), key=lambda pair: pair[1], default=None)
+    if below and above and above[0] > below[0]:
+        slope = (above[1] - below[1]) / (above[0] - below[0])
+        promised, true = below[0] + (wanted - below[1]) / slope, wanted
+    return min(max(true / max(promised, 1e-9), LEAST_FACTOR), LARGEST_FACTOR)
+
+
+def _what(plan: Plan) -> list[Any]:
+    """Return what a plan makes of every layer."""
+    return [(name, choice.method, choice.rank, dict(choice.options)) for name, choice in plan.layers.items()]
 
 
 def _not_kept(closest: Plan, wanted: float) -> BudgetError:
