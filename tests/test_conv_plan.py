@@ -10,6 +10,7 @@ from cases import CONVOLUTIONS, PADDING_MODES, dense_layers, example_of, form_na
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, prune
 
 from rankfold import layers
@@ -282,3 +283,13 @@ def test_what_is_a_chain_anyway_takes_the_short_way_and_is_the_same():
         assert len(seen) == 1  # what is changed afterwards is still called
     chain(x)[0, 0, 0, 0].backward()
     assert chain.up.weight.grad is not None
+
+
+def test_symbols_for_shapes_are_traced_after_a_call_with_numbers():
+    layer = layers.CPConv2d(256, 256, 3, rank=256)
+    x = torch.randn(2, 256, 6, 6)
+    with torch.no_grad():
+        for given in (x[:1], x):
+            layer(given)
+        program = make_fx(layer, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x)
+        torch.testing.assert_close(program(x[:1]), layer(x[:1]))

@@ -136,8 +136,8 @@ class FactorisedConv(TwinLayer):
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Conv gives it
         """Convolve, stage by stage or with stages merged, as planned for this input."""
-        asked = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if not asked and (input.shape, input.dtype) in self._unmerged:  # the short way is felt in small models
+        asks = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(input) not in PLAIN
+        if not asks and (input.shape, input.dtype) in self._unmerged:  # the short way is felt in small models
             for name in self._stage_names:
                 input = self._modules[name](input)  # type: ignore[misc]
             return input
