@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rankfold.planning import Plan
+from typing import Any
 
 
 class RankfoldError(ValueError):
@@ -32,10 +29,10 @@ class BudgetError(RankfoldError):
     """A budget cannot be met; the message says what the closest reachable value is.
 
     Attributes:
-        closest: the plan that comes closest, where there is one.
+        closest: the `Plan` that comes closest, or None where there is none.
     """
 
-    def __init__(self, message: str, closest: Plan | None = None) -> None:
+    def __init__(self, message: str, closest: Any = None) -> None:
         super().__init__(message)
         self.closest = closest
 
