@@ -112,6 +112,7 @@ def _draw(axis: Axes, task: str, rows: list[Row]) -> None:
             linestyle="-" if split == "spatial" else "--",
             marker=MARKS.get(kind, "."),
             markersize=5,
+            markerfacecolor="white" if "orthogonality=" in options else None,
             linewidth=1.4,
             label=f"{method}, {split}{f', {options}' if method == 'svd' else ''}",
         )
