@@ -79,7 +79,7 @@ def build(name: str, batch: int, runtime: str, threads: int) -> tuple[nn.Module,
 def compressed(model: nn.Module, x: Tensor, budget: dict[str, float], timing: Timing) -> tuple[Any, Any, str]:
     """Compress within a budget, or within the closest that the error says is reachable, asked for up to three times.
 
-    Once is not always enough: the first closest budget is that of the layers' times, a later one that of the model.
+    Once is not always enough: what was reachable in one measurement may be a little less so in the next.
     """
     asked, note, last = budget, "", ""
     for _ in range(ASKED):
