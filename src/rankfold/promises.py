@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -70,9 +69,7 @@ def plan_in_time(
     kept = [plan for plan in tried if _kept(plan) <= min(1.0, TOLERATED * budget.latency)]
     if kept:
         return min(kept, key=lambda plan: -_kept(plan) if plan.error is None else plan.error)
-    if refused:
-        raise refusal(min(tried, key=_kept), candidates.rule.name) if tried else refused
-    raise _not_kept(min(tried, key=_kept), budget.latency)
+    raise refusal(min(tried, key=_kept), candidates.rule.name) if tried or not refused else refused
 
 
 def _closest(candidates: Candidates, budget: Budget, cheapest: Plan | None) -> Plan:
@@ -126,14 +123,3 @@ def _correction(savings: Sequence[tuple[float, float]], wanted: float) -> float:
 def _what(plan: Plan) -> list[Any]:
     """Return what a plan makes of every layer."""
     return [(name, choice.method, choice.rank, dict(choice.options)) for name, choice in plan.layers.items()]
-
-
-def _not_kept(closest: Plan, wanted: float) -> BudgetError:
-    """Return the error where plans promised a latency and none kept it."""
-    share = math.ceil(_kept(closest) * 10_000) / 10_000
-    return BudgetError(
-        f"the budget latency={wanted:g} can't be met: plans promised it, but the whole model did not keep it. The "
-        f"closest reachable is latency={share:.4f} (measured: {closest.measured or 'the dense model'}); raise the "
-        "budget, add methods or exclude fewer layers",
-        closest,
-    )

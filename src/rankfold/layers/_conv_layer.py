@@ -136,11 +136,6 @@ class FactorisedConv(TwinLayer):
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Conv gives it
         """Convolve, stage by stage or with stages merged, as planned for this input."""
-        asks = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(input) not in PLAIN
-        if not asks and (input.shape, input.dtype) in self._unmerged:  # the short way is felt in small models
-            for name in self._stage_names:
-                input = self._modules[name](input)  # type: ignore[misc]
-            return input
         for start, stop in self._grouping(input):
             if stop - start == 1:
                 stage = self._modules[self._stage_names[start]]
@@ -175,8 +170,14 @@ class FactorisedConv(TwinLayer):
 
     def _grouping(self, input: Tensor) -> Groups:
         """Return the groups of stages planned for an input, or the plain chain where stages may not be merged."""
+        plain = type(input) in PLAIN
+        asks = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if (
+            plain and not asks and (input.shape, input.dtype) in self._unmerged
+        ):  # this short way is felt in small models
+            return self._chain
         weights = _stock_weights(self._modules, self._expected)
-        if weights is None or type(input) not in PLAIN:
+        if weights is None or not plain:
             return self._chain
         mode = self._mode(weights, input)
         if torch.compiler.is_compiling():

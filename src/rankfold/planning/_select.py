@@ -162,9 +162,9 @@ def _obstacles(result: Plan) -> str:
 
 
 def _reached(result: Plan, quantity: str) -> str:
-    if quantity == "latency" and result.measured:
-        return f"latency={math.ceil(result.measured.kept * 10_000) / 10_000:.4f} (measured: {result.measured})"
     value, dense = getattr(result, quantity), getattr(result, f"dense_{quantity}")
+    share, told = value / dense, f"{amount(quantity, value)} of {amount(quantity, dense)}"
+    if quantity == "latency" and result.measured:
+        share, told = min(1.0, result.measured.kept), f"measured: {result.measured}"  # the dense model is always there
     # Rounded up, so that the value that is read off the message is reachable.
-    share = math.ceil(value * 10_000 / dense) / 10_000
-    return f"{quantity}={share:.4f} ({amount(quantity, value)} of {amount(quantity, dense)})"
+    return f"{quantity}={math.ceil(share * 10_000) / 10_000:.4f} ({told})"
