@@ -4,7 +4,7 @@
     python benchmarks/is_the_promised_latency_met.py resnet18 --runtime eager --batch 1 --threads 1 --budget latency=0.5
 
 Architectures of torchvision with random weights: only shapes matter for speed. Dense and compressed models are treated
-alike: BatchNorm is folded first, and in eager PyTorch both are in the memory format in which the dense one is faster.
+alike: BatchNorm is folded first, and in eager PyTorch both are in the memory format that `fastest_layout` chooses.
 Every setting runs in a process of its own; results are kept in benchmarks/results/is_the_promised_latency_met.json and
 .md as they come, so that a run can be resumed.
 """

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rankfold as rf
-from rankfold import timings
+from rankfold import latency, timings
 from rankfold._times import CallTime, Curve, LayerTime, LayerTimes, Setting, coordinates
 from rankfold._timing_cache import cache_file, cache_folder, read_cases, write_cases
 from rankfold.errors import DataError
@@ -400,3 +401,18 @@ def test_new_layers_lie_in_memory_as_the_old_ones(methods):
 
 def test_a_layout_is_chosen():
     assert fastest_layout(convnet(), IMAGES) in (torch.contiguous_format, torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "layout"),
+    [(1.2, torch.channels_last), (0.95, torch.channels_last), (0.85, torch.contiguous_format)],
+)
+def test_channels_last_is_taken_unless_it_is_clearly_slower(monkeypatch, ratio, layout):
+    timed = dict(zip(("contiguous", "channels last"), (SimpleNamespace(ratio=x) for x in (1.0, ratio)), strict=True))
+    monkeypatch.setattr(latency, "time_models", lambda models, *_, **__: {name: timed[name] for name in models})
+    assert fastest_layout(convnet(), IMAGES) is layout
+
+
+def test_a_model_of_one_layout_is_not_timed(monkeypatch):
+    monkeypatch.setattr(latency, "time_models", None)
+    assert fastest_layout(nn.Linear(4, 4), torch.ones(1, 4)) is torch.contiguous_format
