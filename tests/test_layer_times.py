@@ -2,11 +2,13 @@
 
 import functools
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from cases import part_of
 from cases_models import CalledTwice, convnet, mlp
 from cases_timing import FakeClock, seconds
 from hypothesis import given, settings
@@ -19,7 +21,7 @@ from rankfold._times import CallTime, Curve, LayerTime, LayerTimes, Setting, coo
 from rankfold._timing_cache import cache_file, cache_folder, read_cases, write_cases
 from rankfold.errors import DataError
 from rankfold.latency import Timing, fastest_layout
-from rankfold.timings import time_layers
+from rankfold.timings import _Case, _Input, time_layers
 
 SETTING = Setting("eager", 1, "cpu", "a processor", "2.6")
 IMAGES = torch.ones(2, 3, 8, 8)
@@ -397,6 +399,36 @@ def test_new_layers_lie_in_memory_as_the_old_ones(methods):
         for stage in small.get_submodule(name).modules() if choice.method != "dense" else ():
             if isinstance(stage, nn.Conv2d) and stage.kernel_size != (1, 1):
                 assert stage.weight.is_contiguous(memory_format=torch.channels_last), name
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "new",
+    [rf.layers.LowRankConv2d, rf.layers.TuckerConv2d, rf.layers.CPConv2d, rf.layers.SVDConv2d],
+    ids=lambda c: c.__name__,
+)
+def test_maps_lie_in_memory_as_those_of_the_old_layer(new, channels):
+    dense, x = nn.Conv2d(channels, 6, 3).to(memory_format=torch.channels_last), torch.randn(2, channels, 8, 8)
+    for options in new.variants(dense):
+        for rank in {new.full_rank(dense, **options), part_of(new.full_rank(dense, **options))}:
+            layer = new.like(dense, rank=rank, **options)
+            assert layer(x).stride() == dense(x).stride(), (rank, options)
+            assert layer.eval()(x).stride() == dense(x).stride(), (rank, options)
+
+
+def test_kernels_of_three_axes_lie_in_memory_as_the_old_ones():
+    dense = nn.Conv3d(3, 6, 3).to(memory_format=torch.channels_last_3d)
+    for new in (rf.layers.LowRankConv3d, rf.layers.TuckerConv3d, rf.layers.CPConv3d, rf.layers.SVDConv3d):
+        layer = new.like(dense, rank=part_of(new.full_rank(dense)))
+        kernels = [stage.weight for stage in layer.modules() if isinstance(stage, nn.Conv3d)]
+        telling = [kernel.stride(1) == 1 for kernel in kernels if math.prod(kernel.shape[2:]) > 1]
+        assert telling and all(telling), new
+
+
+def test_times_tell_the_formats_of_one_input_channel_apart():
+    layers = [nn.Conv2d(1, 6, 3).to(memory_format=layout) for layout in (torch.contiguous_format, torch.channels_last)]
+    first, second = (_Case(layer, _Input.of(torch.randn(2, 1, 8, 8)), ()).key for layer in layers)
+    assert first != second
 
 
 def test_a_layout_is_chosen():

@@ -26,6 +26,7 @@ from rankfold.errors import DataError
 from rankfold.latency import Latency, Timing, steady_clock, time_models
 from rankfold.layers import (
     FactorisedLayer,
+    is_channels_last,
     is_factorised,
     layer_class,
     methods_for,
@@ -61,7 +62,7 @@ class _Input:
 
     @staticmethod
     def of(tensor: Tensor) -> _Input:
-        return _Input(tuple(tensor.shape), tensor.dtype, _is_channels_last(tensor))
+        return _Input(tuple(tensor.shape), tensor.dtype, _lies_channels_last(tensor))
 
     def tensor(self, layer: nn.Module) -> Tensor:
         """Return an input of this kind."""
@@ -87,7 +88,7 @@ class _Case:
         """What identical cases have in common, the names of layers not among it."""
         weight: Any = self.layer.weight
         forms = [(cls.method, sorted(options.items())) for cls, options in self.forms]
-        layout = "channels last" if _is_channels_last(weight) else "contiguous"
+        layout = "channels last" if is_channels_last(weight) else "contiguous"
         return f"{type(self.layer).__name__}({self.layer.extra_repr()}) {weight.dtype} {layout} {self.input} {forms}"
 
     @property
@@ -333,8 +334,8 @@ def _over(times: Mapping[str, Latency], form: Form, ranks: Sequence[Rank]) -> tu
     return tuple(min(times[_label(form, rank)].seconds) / min(times["dense"].seconds) for rank in ranks)
 
 
-def _is_channels_last(tensor: Tensor) -> bool:
-    """Tell whether a tensor lies in memory with the channels last, and only so."""
+def _lies_channels_last(tensor: Tensor) -> bool:
+    """Tell whether an input lies in memory with the channels last, and only so."""
     return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 

@@ -2,6 +2,7 @@
 
 from rankfold.layers._attention import PROJECTIONS, SeparateAttention
 from rankfold.layers._btt import BTTLinear
+from rankfold.layers._build import is_channels_last
 from rankfold.layers._contract import Call, Cost, FactorisedLayer, Metric, Options, Spectrum
 from rankfold.layers._conv_cp import CPConv1d, CPConv2d, CPConv3d
 from rankfold.layers._conv_svd import LowRankConv1d, LowRankConv2d, LowRankConv3d
@@ -73,6 +74,7 @@ __all__ = [
     "fan_ins",
     "folded",
     "head_macs",
+    "is_channels_last",
     "is_factorised",
     "layer_class",
     "methods_for",

@@ -14,6 +14,7 @@ from rankfold.layers._contract import Rank
 
 Device = torch.device | str | int | None
 L = TypeVar("L", bound=nn.Module)
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the dimensions of a kernel
 
 
 def check_type(owner: type[nn.Module], dense: nn.Module, expected: type[nn.Module]) -> None:
@@ -41,6 +42,22 @@ def take_over(layer: L, dense: nn.Module) -> L:
     return layer.train(dense.training)
 
 
+def is_channels_last(kernel: Tensor) -> bool:
+    """Tell whether a kernel (out, in, space…) of two or three axes lies in memory with the channels last.
+
+    One with a single input channel is contiguous in both formats, and torch goes by the strides; one of extent one
+    does not tell.
+    """
+    return kernel.dim() in CHANNELS_LAST and math.prod(kernel.shape[2:]) > 1 and kernel.stride(1) == 1
+
+
+def in_channels_last(kernel: Tensor) -> Tensor:
+    """Return a kernel of two or three axes as it lies with the channels last."""
+    if kernel.shape[1] == 1:  # both formats at once: `contiguous` would leave it, and torch take it for the other
+        return kernel.squeeze(1).contiguous().unsqueeze(-1).movedim(-1, 1)
+    return kernel.contiguous(memory_format=CHANNELS_LAST[kernel.dim()])
+
+
 def hollow(owner: type[L], dense: Any, arguments: Mapping[str, Any], device: Device) -> L:
     """Return a layer without values in the place of `dense`, on its device unless told another.
 
@@ -48,10 +65,10 @@ def hollow(owner: type[L], dense: Any, arguments: Mapping[str, Any], device: Dev
     """
     layer = owner(**arguments, device="meta", dtype=dense.weight.dtype)
     layer = take_over(place(layer, dense.weight.device if device is None else device), dense)
-    if dense.weight.dim() == 4 and not dense.weight.is_contiguous() and dense.weight.stride(1) == 1:
+    if is_channels_last(dense.weight):
         for stage in layer.modules():
-            if isinstance(stage, nn.Conv2d):
-                stage.to(memory_format=torch.channels_last)
+            if isinstance(stage, nn.Conv2d | nn.Conv3d):
+                stage.to(memory_format=CHANNELS_LAST[stage.weight.dim()])
     return layer
 
 

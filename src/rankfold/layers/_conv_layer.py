@@ -26,6 +26,7 @@ from rankfold.layers._build import (
     finite_weight,
     fresh_bias_,
     fresh_uniform_,
+    in_channels_last,
     place,
     rescale_,
     take_over,
@@ -218,11 +219,7 @@ class FactorisedConv(TwinLayer):
         """Return the kernel of neighbouring stages, in their memory format."""
         weights = self._weights()
         kernel = self._merged[start, stop].kernel(weights[start:stop])
-        if not self._channels_last(weights):
-            return kernel
-        if kernel.shape[1] == 1:  # both formats at once, and torch takes it for the other
-            return kernel.squeeze(1).unsqueeze(-1).movedim(-1, 1)
-        return kernel.contiguous(memory_format=torch.channels_last if kernel.dim() == 4 else torch.channels_last_3d)
+        return in_channels_last(kernel) if self._channels_last(weights) else kernel
 
     @property
     def rank(self) -> Rank:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from rankfold.layers._build import Device
+from rankfold.layers._build import Device, in_channels_last, is_channels_last
 from rankfold.layers._contract import Call, Options
 from rankfold.layers._conv import ConvShape, Size, dense_twin
 from rankfold.layers._conv_svd import LowRankConv1d, LowRankConv2d, LowRankConv3d
@@ -55,6 +55,8 @@ class _SVDConv(SVDForm):
         """Convolve with diag(s) Vᵀ, then with U, or with their product."""
         weight = self._rebuilt(input.shape)
         if weight is not None:
+            if any(is_channels_last(stage.weight) for stage in (self.down, self.up)):
+                weight = in_channels_last(weight)
             rebuilt: Tensor = self._twin[0]._conv_forward(input, weight, self.bias)
             return rebuilt  # batch, out, space
         down: Tensor = self.down.weight
