@@ -414,6 +414,13 @@ def test_maps_lie_in_memory_as_those_of_the_old_layer(new, channels):
             layer = new.like(dense, rank=rank, **options)
             assert layer(x).stride() == dense(x).stride(), (rank, options)
             assert layer.eval()(x).stride() == dense(x).stride(), (rank, options)
+            assert layer.to_dense().weight.stride() == dense.weight.stride(), (rank, options)
+
+
+def test_what_is_cut_from_an_svd_form_lies_in_memory_as_it():
+    dense = nn.Conv2d(8, 6, 3).to(memory_format=torch.channels_last)
+    layer = rf.layers.SVDConv2d.from_dense(dense, rank=6).truncated(3)
+    assert layer.down.weight.stride(1) == 1
 
 
 def test_kernels_of_three_axes_lie_in_memory_as_the_old_ones():

@@ -58,6 +58,15 @@ def in_channels_last(kernel: Tensor) -> Tensor:
     return kernel.contiguous(memory_format=CHANNELS_LAST[kernel.dim()])
 
 
+def laid_as(layer: L, kernels: Sequence[Tensor]) -> L:
+    """Lay the convolutions of a layer in memory with the channels last, where these kernels are."""
+    if any(map(is_channels_last, kernels)):
+        for stage in layer.modules():
+            if isinstance(stage, nn.Conv2d | nn.Conv3d):
+                stage.to(memory_format=CHANNELS_LAST[stage.weight.dim()])
+    return layer
+
+
 def hollow(owner: type[L], dense: Any, arguments: Mapping[str, Any], device: Device) -> L:
     """Return a layer without values in the place of `dense`, on its device unless told another.
 
@@ -65,11 +74,7 @@ def hollow(owner: type[L], dense: Any, arguments: Mapping[str, Any], device: Dev
     """
     layer = owner(**arguments, device="meta", dtype=dense.weight.dtype)
     layer = take_over(place(layer, dense.weight.device if device is None else device), dense)
-    if is_channels_last(dense.weight):
-        for stage in layer.modules():
-            if isinstance(stage, nn.Conv2d | nn.Conv3d):
-                stage.to(memory_format=CHANNELS_LAST[stage.weight.dim()])
-    return layer
+    return laid_as(layer, [dense.weight])
 
 
 def copy_(target: Tensor | None, value: Tensor | None) -> None:

@@ -27,6 +27,7 @@ from rankfold.layers._build import (
     fresh_bias_,
     fresh_uniform_,
     in_channels_last,
+    laid_as,
     place,
     rescale_,
     take_over,
@@ -251,7 +252,7 @@ class FactorisedConv(TwinLayer):
         """Return the stock convolution that computes the same function."""
         last = getattr(self, self._stage_names[-1])
         dense = self.dense_type(**ConvShape.of(self).arguments(), device="meta", dtype=last.weight.dtype)
-        dense = take_over(place(dense, last.weight.device), last)
+        dense = laid_as(take_over(place(dense, last.weight.device), last), self._weights())
         fill(dense, self.weight, self.bias)
         return dense
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankfold.decompose import svd
-from rankfold.layers._build import Device, copy_, fill, finite_weight, fresh_bias_, place, take_over
+from rankfold.layers._build import Device, copy_, fill, finite_weight, fresh_bias_, laid_as, place, take_over
 from rankfold.layers._contract import Call, Cost, FactorisedLayer, Metric, Options, Rank, Spectrum
 from rankfold.layers._linear import LowRankLinear
 from rankfold.layers._matrix import product_norm
@@ -146,7 +146,8 @@ class SVDForm(TwinLayer):
         """Return the stock layer without values."""
         arguments = {**self._arguments(self), "device": "meta", "dtype": self.scale.dtype}
         dense = self.dense_type(**arguments)
-        return dense if device == "meta" else place(dense, device)
+        placed = dense if device == "meta" else place(dense, device)
+        return laid_as(placed, [self.down.weight, self.up.weight])
 
     @classmethod
     def variants(cls, dense: nn.Module) -> tuple[Options, ...]:  # noqa: ARG003 - the same for every layer
