@@ -96,6 +96,21 @@ def test_an_output_that_is_used_elsewhere_keeps_its_norm(kind, branch, left):
     torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+class Forgetful(Untraceable):
+    """The same after many tensors that are used and gone, so that new ones take over their ids."""
+
+    def forward(self, x):
+        gone = [x + k for k in range(100)]
+        assert all(one.isfinite().all() for one in gone)
+        del gone
+        return super().forward(x)
+
+
+def test_tensors_that_are_gone_are_not_taken_for_others():
+    folded = fold_batchnorm(trained(Forgetful()), example=torch.randn(2, 4, 6, 6))
+    assert norms(folded) == []
+
+
 def test_what_cannot_be_traced_needs_an_example():
     with pytest.raises(LayerError, match="pass example="):
         fold_batchnorm(trained(Untraceable()))

@@ -143,8 +143,9 @@ class _Uses(TorchFunctionMode):
         self._depth = 0
         self._uses: Counter[int] = Counter()
         self._calls: Counter[nn.Module] = Counter()
-        self._made: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensors are held: an id stays theirs
-        self._fed: dict[nn.Module, int] = {}
+        # the tensors of both are held: an id stays theirs
+        self._made: dict[int, tuple[nn.Module, Tensor]] = {}
+        self._fed: dict[nn.Module, Any] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
@@ -160,19 +161,22 @@ class _Uses(TorchFunctionMode):
         if not self._depth:
             self.count(args)
             self._calls[module] += 1
-            self._fed[module] = id(args[0]) if args else 0
+            self._fed[module] = args[0] if args else None
         self._depth += 1
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         del args
         self._depth -= 1
         if not self._depth and isinstance(output, Tensor):
+            if id(output) not in self._made:  # what was counted under its id was of tensors that are gone
+                del self._uses[id(output)]
             self._made[id(output)] = module, output
 
     def pairs(self) -> list[tuple[nn.Module, Any]]:
         """Return layer and BatchNorm wherever the output of one is used by the other alone, each called once."""
         found = []
-        for norm, source in self._fed.items():
+        for norm, given in self._fed.items():
+            source = id(given)
             layer = self._made[source][0] if source in self._made else norm
             read = any(self._uses[id(parameter)] for parameter in layer.parameters())
             if self._uses[source] == self._calls[layer] == self._calls[norm] == 1 and layer is not norm and not read:
