@@ -97,10 +97,10 @@ def write_plot(rows: Rows, path: Path) -> None:
 
 def _draw(axis: Axes, task: str, rows: list[Row]) -> None:
     curves: dict[tuple[str, str, str], dict[float, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    if dense := [row["tuned"]["test"] for row in rows if row["method"] == "dense"]:
+        axis.axhline(statistics.mean(dense), color="#888888", linestyle=":", linewidth=1.2)
     for row in rows:
-        if row["method"] == "dense":
-            axis.axhline(row["tuned"]["test"], color="#888888", linestyle=":", linewidth=1.2)
-        elif "refused" not in row and row["budget"] not in ("own", None):
+        if row["method"] != "dense" and "refused" not in row and row["budget"] not in ("own", None):
             point = (100 * row["macs"] / row["dense_macs"], row["tuned"]["test"])
             curves[row["method"], row["split"], _options(row)][row["budget"]].append(point)
     for (method, split, options), points in sorted(curves.items()):

@@ -97,7 +97,7 @@ def resnet20(*, pretrained: bool) -> Task:
 def mnist_network() -> Task:
     """Return the small convolutional network of the MNIST table, from scratch."""
     data = datasets.mnist()
-    return _images(data, mnist.normalised, lambda: mnist.network(None))
+    return _images(data, mnist.normalised, lambda: mnist.network(None), autocast=True)
 
 
 def fashion_mlp() -> Task:
@@ -110,7 +110,13 @@ def fashion_mlp() -> Task:
     return _images(datasets.fashion_mnist(), lambda images: (images.float() / 255 - 0.286) / 0.353, network)
 
 
-def _images(data: datasets.Images, change: Callable[[Tensor], Tensor], network: Callable[[], nn.Module]) -> Task:
+def _images(
+    data: datasets.Images,
+    change: Callable[[Tensor], Tensor],
+    network: Callable[[], nn.Module],
+    *,
+    autocast: bool = False,
+) -> Task:
     images, tests = change(data.train_images), {"test": (change(data.test_images), data.test_labels)}
 
     def start(seed: int) -> nn.Module:
@@ -123,6 +129,7 @@ def _images(data: datasets.Images, change: Callable[[Tensor], Tensor], network: 
         batches=lambda seed: Batches(images, data.train_labels, seed=seed, size=BATCH),
         calibration=None,
         example=tests["test"][0][:1],
+        autocast=autocast,
     )
 
 
@@ -145,7 +152,7 @@ def train(
 
     With a checkpoint the state is written after each epoch and taken up again.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr=task.lr)
+    optimizer = torch.optim.Adam(model.parameters(), lr=task.lr, fused=True)
     batches, log = task.batches(seed), []
     with _kept(checkpoint) as kept:
         if kept:

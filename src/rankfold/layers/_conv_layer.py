@@ -27,6 +27,7 @@ from rankfold.layers._build import (
     fresh_bias_,
     fresh_uniform_,
     in_channels_last,
+    is_channels_last,
     laid_as,
     place,
     rescale_,
@@ -121,9 +122,6 @@ class FactorisedConv(TwinLayer):
             self.add_module(name, place(conv, device))
         ends = combinations(range(len(stages) + 1), 2)
         self._merged = {(start, stop): merge(self._stages[start:stop]) for start, stop in ends if stop - start > 1}
-        # the first stage whose weight tells the memory format: of kernels of extent one, both formats are alike
-        telling = (k for k, stage in enumerate(self._stages) if math.prod(stage.kernel_size) > 1)
-        self._telling = next(telling, None) if len(shape.kernel_size) > 1 else None
         self._plans: dict[tuple[Any, ...], Groups] = {}
         self._unmerged: set[tuple[Any, ...]] = set()  # shapes that are a chain in either memory format
         self.reset_parameters()
@@ -174,9 +172,8 @@ class FactorisedConv(TwinLayer):
         """Return the groups of stages planned for an input, or the plain chain where stages may not be merged."""
         plain = type(input) in PLAIN
         asks = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if (
-            plain and not asks and (input.shape, input.dtype) in self._unmerged
-        ):  # this short way is felt in small models
+        # this short way is felt in small models
+        if plain and not asks and (input.shape, input.dtype) in self._unmerged:
             return self._chain
         weights = _stock_weights(self._modules, self._expected)
         if weights is None or not plain:
@@ -202,7 +199,7 @@ class FactorisedConv(TwinLayer):
 
     def _mode(self, weights: Sequence[Tensor], input: Tensor | None) -> tuple[bool, bool, bool, int]:
         """Return the fields of a `Mode`; plain, since every call asks."""
-        last, trained, wanted = self._channels_last(weights), False, False
+        last, trained, wanted = any(map(is_channels_last, weights)), False, False
         if torch.is_grad_enabled():
             for weight in weights:
                 trained = trained or weight.requires_grad
@@ -212,15 +209,11 @@ class FactorisedConv(TwinLayer):
         last = last or (input.dim() > len(self.kernel_size) + 1 > 2 and input.stride(1) == 1 < input.shape[1])
         return last, trained, wanted, input.element_size()
 
-    def _channels_last(self, weights: Sequence[Tensor]) -> bool:
-        """Tell whether the weights lie in memory with the channels last."""
-        return self._telling is not None and weights[self._telling].stride(1) == 1
-
     def _kernel(self, start: int, stop: int) -> Tensor:
         """Return the kernel of neighbouring stages, in their memory format."""
         weights = self._weights()
         kernel = self._merged[start, stop].kernel(weights[start:stop])
-        return in_channels_last(kernel) if self._channels_last(weights) else kernel
+        return in_channels_last(kernel) if any(map(is_channels_last, weights)) else kernel
 
     @property
     def rank(self) -> Rank:
