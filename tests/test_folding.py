@@ -107,8 +107,9 @@ class Forgetful(Untraceable):
 
 
 def test_tensors_that_are_gone_are_not_taken_for_others():
-    folded = fold_batchnorm(trained(Forgetful()), example=torch.randn(2, 4, 6, 6))
-    assert norms(folded) == []
+    for _ in range(5):  # whether an id is given out again is a matter of chance
+        folded = fold_batchnorm(trained(Forgetful()), example=torch.randn(2, 4, 6, 6))
+        assert norms(folded) == []
 
 
 def test_what_cannot_be_traced_needs_an_example():
