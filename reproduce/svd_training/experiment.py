@@ -90,6 +90,7 @@ def resnet20(*, pretrained: bool) -> Task:
         batches=lambda seed: CifarBatches(images, labels, seed=seed, size=BATCH),
         calibration=lambda: CifarBatches(images[:CALIBRATION], labels[:CALIBRATION], seed=0, size=200),
         example=tests["test"][0][:1],
+        lr=1e-3 if pretrained else 2e-3,
         autocast=True,
     )
 
