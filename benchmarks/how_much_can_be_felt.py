@@ -11,7 +11,6 @@ plans that keep accuracy do worse. `is_the_promised_latency_met.py` has what pla
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from is_the_promised_latency_met import FELT, KEPT_MEMORY, build
+from is_the_promised_latency_met import BATCHES, FELT, KEPT_MEMORY, RUNTIMES, build, options_of_settings
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 import rankfold as rf
@@ -31,7 +30,7 @@ from rankfold.planning import Candidates, candidates
 from rankfold.timings import time_layers
 
 RESULTS = Path(__file__).parent / "results" / "how_much_can_be_felt.json"
-MODELS, RUNTIMES, BATCHES = ("resnet18", "resnet50", "vgg16"), ("eager", "onnxruntime"), (1, 8)
+MODELS = ("resnet18", "resnet50", "vgg16")
 WIDTH = 0.01  # of the window of multiply-adds below the share asked for
 
 
@@ -99,14 +98,7 @@ def write(results: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     """Measure the models named, or all that have no result yet, every setting in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", help="models to measure again; all without a result if none is named")
-    parser.add_argument("--runtime", action="append", choices=RUNTIMES, help="only this runtime")
-    parser.add_argument("--batch", action="append", type=int, help="only this batch size")
-    parser.add_argument("--kept-memory", action="store_true", help="let glibc keep the memory of large tensors")
-    parser.add_argument("--seconds", type=float, default=90, help="time to spend on the layers of one model")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = options_of_settings(__doc__).parse_args()
     if options.worker:
         print(json.dumps(check(*json.loads(options.models[0]), seconds=options.seconds)))
         return

@@ -208,18 +208,24 @@ def in_own_process(setting: tuple[Any, ...], options: argparse.Namespace) -> dic
         return {**head, "note": f"failed: {lines[-1]}"}
 
 
-def main() -> None:
-    """Measure the settings named, or all that have no result yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options_of_settings(doc: str | None) -> argparse.ArgumentParser:
+    """Return the options that choose models, runtimes and batch sizes, each setting in a process of its own."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="models to measure again; all without a result if none is named")
     parser.add_argument("--runtime", action="append", choices=RUNTIMES, help="only this runtime")
     parser.add_argument("--batch", action="append", type=int, help="only this batch size")
-    parser.add_argument("--threads", action="append", type=int, help="only this number of threads")
-    parser.add_argument("--budget", action="append", help="only this budget, such as macs=0.5,latency=0.6")
     parser.add_argument("--kept-memory", action="store_true", help="let glibc keep the memory of large tensors")
     parser.add_argument("--seconds", type=float, default=90, help="time to spend on the layers of one model")
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds for one setting")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    """Measure the settings named, or all that have no result yet."""
+    parser = options_of_settings(__doc__)
+    parser.add_argument("--threads", action="append", type=int, help="only this number of threads")
+    parser.add_argument("--budget", action="append", help="only this budget, such as macs=0.5,latency=0.6")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds for one setting")
     options = parser.parse_args()
     if options.worker:
         print(json.dumps(check(*json.loads(options.models[0]), seconds=options.seconds)))
