@@ -195,8 +195,8 @@ def _epoch(
         share = (done[0] + k / len(batches)) / done[1]
         for group in optimizer.param_groups:
             group["lr"] = task.lr * 0.5 * (1 + math.cos(math.pi * share))
-        if images.dim() == 4:
-            images = images.contiguous(memory_format=torch.channels_last)  # the faster order on processors
+        if task.autocast and images.dim() == 4:
+            images = images.contiguous(memory_format=torch.channels_last)  # the faster order of bfloat16 on processors
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=task.autocast):
             loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()

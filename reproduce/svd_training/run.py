@@ -4,6 +4,7 @@
     python -m reproduce.svd_training.run --only pretrained   # one network: pretrained, scratch, mnist or fashion
     python -m reproduce.svd_training.run --quick             # two batches of everything, nothing is written
     python -m reproduce.svd_training.run --redraw            # tables and pictures from results/
+    python -m reproduce.svd_training.run --float32           # no autocast: faster where there is no bfloat16 arithmetic
 
 Rows are written as they are done, a file for each network, and the training before the cut is kept in the cache folder
 after each epoch: what was stopped goes on where it was.
@@ -123,6 +124,7 @@ def rows_of(task: Task, name: str, setting: Setting, seed: int, effort: Effort) 
     common = {
         **{"task": name, "method": setting.method, "split": setting.split, "options": dict(setting.options)},
         **{"seed": seed, "dense_macs": stats.macs, "dense_params": stats.params, "before": task.score(run.model)},
+        "autocast": task.autocast,
     }
     spectrum = {layer: [round(v, 5) for v in values.tolist()] for layer, values in run.spectrum().items()}
     yield f"{key} trained", {**common, "budget": None, "log": log, "spectrum": spectrum}
@@ -153,6 +155,7 @@ def dense_row(task: Task, name: str, seed: int, effort: Effort) -> Row:
     stats = rf.measure(model, example=task.example)
     row = {"task": name, "method": "dense", "split": "", "options": {}, "seed": seed, "budget": 1.0}
     row |= {"macs": stats.macs, "params": stats.params, "dense_macs": stats.macs, "dense_params": stats.params}
+    row["autocast"] = task.autocast
     row["cut"] = task.score(model)
     row["log"] = experiment.train(task, model, None, epochs=effort.before + effort.after, seed=seed)
     return {**row, "tuned": task.score(model)}
@@ -171,7 +174,7 @@ def kept_rows(name: str) -> harness.Rows:
     return rows
 
 
-def measure_network(name: str, effort: Effort, quick: bool) -> None:
+def measure_network(name: str, effort: Effort, *, quick: bool, float32: bool) -> None:
     """Measure what the rows of a network lack, the settings in the order of their table; a quick run keeps nothing."""
     rows = {} if quick else kept_rows(name)
 
@@ -184,6 +187,7 @@ def measure_network(name: str, effort: Effort, quick: bool) -> None:
 
     task = TASKS[name]()
     task = task.quick() if quick else task
+    task = replace(task, autocast=task.autocast and not float32)
     seeds = SEEDS[name][: 1 if quick else None]
     for seed in seeds:
         if f"{name} dense seed {seed}" not in rows:
@@ -201,6 +205,7 @@ def main() -> None:
     parser.add_argument("--redraw", action="store_true", help="only draw what results/ holds")
     parser.add_argument("--quick", action="store_true", help="two batches of everything; nothing is written")
     parser.add_argument("--only", choices=TASKS, help="the rows of one network")
+    parser.add_argument("--float32", action="store_true", help="no autocast to bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     words = parser.parse_args()
     torch.set_num_threads(words.threads)
@@ -208,7 +213,9 @@ def main() -> None:
         effort = Effort(1, 1, (0.5,), checkpoints=False) if words.quick else Effort()
         for name in [words.only] if words.only else TASKS:
             deeper = () if words.quick else DEEPER.get(name, ())
-            measure_network(name, replace(effort, budgets=(*effort.budgets, *deeper)), words.quick)
+            measure_network(
+                name, replace(effort, budgets=(*effort.budgets, *deeper)), quick=words.quick, float32=words.float32
+            )
     if not words.quick:
         rows = {key: row for name in TASKS for key, row in kept_rows(name).items()}
         drawing.write_table(rows, HERE / "table.md")
