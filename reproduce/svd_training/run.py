@@ -76,23 +76,17 @@ SETTINGS = (
     Setting("lc", options={"strength": 1.0}),
     _svd("hoyer", 0.07, "channel"),
 )
-# Of these one seed is run, after all of those: each answers one question, on the networks where it is asked.
+# Of these one seed is run, after all of those: each answers one question, on the network where it is asked.
 UNBOUND = _svd("hoyer", 0.1, orthogonality=0.0)
-GENTLE, STRONG = _svd("hoyer", 0.02), _svd("hoyer", 0.3)
 OTHERS = (
     UNBOUND,
     _svd("hoyer", 0.1, orthogonality="retraction"),
-    GENTLE,
-    STRONG,
+    _svd("hoyer", 0.02),
+    _svd("hoyer", 0.3),
     Setting("pufferfish", options={"warmup": BEFORE, "first": 0, "last": 0}),
     Setting("nuclear", options={"strength": 0.1}),
 )
-FURTHER: Mapping[str, tuple[Setting, ...]] = {
-    "pretrained": (UNBOUND,),
-    "scratch": (GENTLE,),
-    "mnist": OTHERS,
-    "fashion": OTHERS,
-}
+FURTHER: Mapping[str, tuple[Setting, ...]] = {"pretrained": (UNBOUND,), "fashion": OTHERS}
 
 
 @dataclass(frozen=True)
@@ -192,7 +186,7 @@ def measure_network(name: str, effort: Effort, *, quick: bool, float32: bool) ->
     for seed in seeds:
         if f"{name} dense seed {seed}" not in rows:
             keep(f"{name} dense seed {seed}", dense_row(task, name, seed, effort))
-    for seed, setting in [*itertools.product(seeds, SETTINGS), *itertools.product(seeds[:1], FURTHER[name])]:
+    for seed, setting in [*itertools.product(seeds, SETTINGS), *itertools.product(seeds[:1], FURTHER.get(name, ()))]:
         left = missing(rows, f"{name} {setting.name} seed {seed}", setting, effort)
         if left.budgets and (name, setting.split) != ("fashion", "channel"):  # Linear layers have one form
             for key, row in rows_of(task, name, setting, seed, left):
