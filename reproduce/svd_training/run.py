@@ -1,7 +1,7 @@
 """Accuracy against MACs: SVD training beside truncation, TRP, Pufferfish, Cuttlefish, DLRT and LC, for equal epochs.
 
     python -m reproduce.svd_training.run                     # what results/ lacks, then tables and pictures
-    python -m reproduce.svd_training.run --only pretrained   # one network: pretrained, scratch, mnist or fashion
+    python -m reproduce.svd_training.run --only pretrained   # one file of results/: a network, or what was tried on it
     python -m reproduce.svd_training.run --quick             # two batches of everything, nothing is written
     python -m reproduce.svd_training.run --redraw            # tables and pictures from results/
     python -m reproduce.svd_training.run --float32           # no autocast: faster where there is no bfloat16 arithmetic
@@ -41,9 +41,6 @@ TASKS: Mapping[str, Callable[[], Task]] = {
     "mnist": experiment.mnist_network,
     "fashion": experiment.fashion_mlp,
 }
-# further cuts, where a quarter costs nothing
-DEEPER: Mapping[str, tuple[float, ...]] = {"mnist": (0.1,), "fashion": (0.1, 0.05)}
-SEEDS = {"pretrained": (0,), "scratch": (0,), "mnist": (0, 1, 2), "fashion": (0, 1, 2)}
 
 
 @dataclass(frozen=True)
@@ -78,15 +75,61 @@ SETTINGS = (
 )
 # Of these one seed is run, after all of those: each answers one question, on the network where it is asked.
 UNBOUND = _svd("hoyer", 0.1, orthogonality=0.0)
+PUFFERFISH = Setting("pufferfish", options={"warmup": BEFORE, "first": 0, "last": 0})
 OTHERS = (
     UNBOUND,
     _svd("hoyer", 0.1, orthogonality="retraction"),
     _svd("hoyer", 0.02),
     _svd("hoyer", 0.3),
-    Setting("pufferfish", options={"warmup": BEFORE, "first": 0, "last": 0}),
+    PUFFERFISH,
     Setting("nuclear", options={"strength": 0.1}),
 )
-FURTHER: Mapping[str, tuple[Setting, ...]] = {"pretrained": (UNBOUND,), "fashion": OTHERS}
+LINEAR = tuple(setting for setting in SETTINGS if setting.split != "channel")  # Linear layers have one form
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one file of `results/` holds.
+
+    `settings` get every seed, `once` the first seed alone; `dense` says whether the dense network is trained, too, and
+    `lr` is a learning rate other than the network's own.
+    """
+
+    network: str
+    settings: tuple[Setting, ...] = SETTINGS
+    once: tuple[Setting, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    budgets: tuple[float, ...] = BUDGETS
+    dense: bool = True
+    lr: float | None = None
+
+    def task(self, *, autocast: bool) -> Task:
+        """Load the network and its data."""
+        task = TASKS[self.network]()
+        return replace(task, lr=self.lr or task.lr, autocast=task.autocast and autocast)
+
+
+RUNS: Mapping[str, Run] = {
+    "pretrained": Run("pretrained", once=(UNBOUND,)),
+    "scratch": Run("scratch"),
+    # further cuts, where a quarter costs nothing
+    "mnist": Run("mnist", seeds=(0, 1, 2), budgets=(*BUDGETS, 0.1)),
+    "fashion": Run("fashion", LINEAR, OTHERS, seeds=(0, 1, 2), budgets=(*BUDGETS, 0.1, 0.05)),
+    # cut to a budget it is "one shot" once more, so its own ranks alone are run
+    "tried/scratch_pufferfish": Run("scratch", (PUFFERFISH,), budgets=(), dense=False),
+    "tried/scratch_lr_0.001": Run(
+        "scratch", (Setting("one shot"), _svd("hoyer", 0.1), _svd("l1", 0.3), _svd("hoyer", 0.02)), lr=1e-3
+    ),
+    "tried/scratch_late": Run(
+        "scratch",
+        (_svd("hoyer", 0.1, late=BEFORE // 2), _svd("hoyer_square", 0.01, late=BEFORE // 2)),
+        budgets=(0.5, 0.25),
+        dense=False,
+    ),
+    "tried/pretrained_lr_0.0003": Run(
+        "pretrained", (_svd("l1", 0.3), _svd("hoyer_square", 0.01)), budgets=(0.5, 0.25), dense=False, lr=3e-4
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -99,21 +142,31 @@ class Effort:
     checkpoints: bool = True
 
 
-def rows_of(task: Task, name: str, setting: Setting, seed: int, effort: Effort) -> Iterator[tuple[str, Row]]:
+def late(first: int, epochs: int, steps: int) -> Callable[[int], float]:
+    """Return a schedule that is 0 for the first epochs and rises to 1 at the end, for that many steps an epoch."""
+    return lambda step: max(0.0, step / steps - first) / max(epochs - first, 1)
+
+
+def rows_of(task: Task, file: str, setting: Setting, seed: int, effort: Effort) -> Iterator[tuple[str, Row]]:
     """Yield the key and the row of every budget of a setting; the training before the cut is done once."""
+    name = RUNS[file].network
     key = f"{name} {setting.name} seed {seed}"
     start = task.start(seed)
     stats = rf.measure(start, example=task.example)
     folder = datasets.folders()[-1]
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / f"svd_training {key}.checkpoint" if effort.checkpoints else None
+    place = key if file == name else f"{file.replace('/', ' ')} {key}"
+    checkpoint = folder / f"svd_training {place}.checkpoint" if effort.checkpoints else None
     if setting.method == "one shot":
         # from scratch there is nothing to cut before the network is trained
         before = 0 if name == "pretrained" else effort.before
         log = experiment.train(task, start, None, epochs=before, seed=seed, checkpoint=checkpoint)
         run = rf.train.Pufferfish(start, first=0, last=0, split=setting.split)  # for its cut alone
     else:
-        run = rf.train.training_method(setting.method, start, split=setting.split, **setting.options)
+        options = dict(setting.options)
+        if "late" in options:
+            options["schedule"] = late(options.pop("late"), effort.before, len(task.batches(seed)))
+        run = rf.train.training_method(setting.method, start, split=setting.split, **options)
         log = experiment.train(task, run.model, run, epochs=effort.before, seed=seed, checkpoint=checkpoint)
     common = {
         **{"task": name, "method": setting.method, "split": setting.split, "options": dict(setting.options)},
@@ -161,35 +214,35 @@ def missing(rows: harness.Rows, key: str, setting: Setting, effort: Effort) -> E
     return replace(effort, budgets=tuple(budget for budget in wanted if f"{key} {budget}" not in rows))
 
 
-def kept_rows(name: str) -> harness.Rows:
-    """Return the rows of a network that are on disk."""
-    path = RESULTS / f"{name}.json"
+def kept_rows(file: str) -> harness.Rows:
+    """Return the rows of a file of `results/`, none where there is no file yet."""
+    path = RESULTS / f"{file}.json"
     rows: harness.Rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return rows
 
 
-def measure_network(name: str, effort: Effort, *, quick: bool, float32: bool) -> None:
-    """Measure what the rows of a network lack, the settings in the order of their table; a quick run keeps nothing."""
-    rows = {} if quick else kept_rows(name)
+def measure(file: str, effort: Effort, *, quick: bool, autocast: bool) -> None:
+    """Measure what a file of `results/` lacks, the settings in the order of their table; a quick run keeps nothing."""
+    run, rows = RUNS[file], {} if quick else kept_rows(file)
 
     def keep(key: str, row: Row) -> None:
         rows[key] = row
         if not quick:
-            RESULTS.mkdir(exist_ok=True)
-            harness.store(rows, RESULTS / f"{name}.json")
+            path = RESULTS / f"{file}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            harness.store(rows, path)
         print(drawing.line(row), flush=True)
 
-    task = TASKS[name]()
+    task = run.task(autocast=autocast)
     task = task.quick() if quick else task
-    task = replace(task, autocast=task.autocast and not float32)
-    seeds = SEEDS[name][: 1 if quick else None]
-    for seed in seeds:
-        if f"{name} dense seed {seed}" not in rows:
-            keep(f"{name} dense seed {seed}", dense_row(task, name, seed, effort))
-    for seed, setting in [*itertools.product(seeds, SETTINGS), *itertools.product(seeds[:1], FURTHER.get(name, ()))]:
-        left = missing(rows, f"{name} {setting.name} seed {seed}", setting, effort)
-        if left.budgets and (name, setting.split) != ("fashion", "channel"):  # Linear layers have one form
-            for key, row in rows_of(task, name, setting, seed, left):
+    seeds = run.seeds[: 1 if quick else None]
+    for seed in seeds if run.dense else ():
+        if f"{run.network} dense seed {seed}" not in rows:
+            keep(f"{run.network} dense seed {seed}", dense_row(task, run.network, seed, effort))
+    for seed, setting in [*itertools.product(seeds, run.settings), *itertools.product(seeds[:1], run.once)]:
+        left = missing(rows, f"{run.network} {setting.name} seed {seed}", setting, effort)
+        if left.budgets:
+            for key, row in rows_of(task, file, setting, seed, left):
                 keep(key, row)
 
 
@@ -198,18 +251,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--redraw", action="store_true", help="only draw what results/ holds")
     parser.add_argument("--quick", action="store_true", help="two batches of everything; nothing is written")
-    parser.add_argument("--only", choices=TASKS, help="the rows of one network")
+    parser.add_argument("--only", choices=RUNS, help="the rows of one file of results/")
     parser.add_argument("--float32", action="store_true", help="no autocast to bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     words = parser.parse_args()
     torch.set_num_threads(words.threads)
     if not words.redraw:
-        effort = Effort(1, 1, (0.5,), checkpoints=False) if words.quick else Effort()
-        for name in [words.only] if words.only else TASKS:
-            deeper = () if words.quick else DEEPER.get(name, ())
-            measure_network(
-                name, replace(effort, budgets=(*effort.budgets, *deeper)), quick=words.quick, float32=words.float32
-            )
+        for file in [words.only] if words.only else RUNS:
+            effort = Effort(1, 1, (0.5,), checkpoints=False) if words.quick else Effort(budgets=RUNS[file].budgets)
+            measure(file, effort, quick=words.quick, autocast=not words.float32)
     if not words.quick:
         rows = {key: row for name in TASKS for key, row in kept_rows(name).items()}
         drawing.write_table(rows, HERE / "table.md")
