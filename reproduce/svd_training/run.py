@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -122,9 +123,12 @@ RUNS: Mapping[str, Run] = {
     ),
     "tried/scratch_late": Run(
         "scratch",
-        (_svd("hoyer", 0.1, late=BEFORE // 2), _svd("hoyer_square", 0.01, late=BEFORE // 2)),
+        (_svd("hoyer", 0.1, late=BEFORE // 2),),
         budgets=(0.5, 0.25),
         dense=False,
+    ),
+    "tried/scratch_until": Run(
+        "scratch", (_svd("hoyer_square", 0.01, until=0.5), _svd("hoyer", 0.1, until=0.5)), budgets=(0.5,), dense=False
     ),
     "tried/pretrained_lr_0.0003": Run(
         "pretrained", (_svd("l1", 0.3), _svd("hoyer_square", 0.01)), budgets=(0.5, 0.25), dense=False, lr=3e-4
@@ -147,6 +151,30 @@ def late(first: int, epochs: int, steps: int) -> Callable[[int], float]:
     return lambda step: max(0.0, step / steps - first) / max(epochs - first, 1)
 
 
+@dataclass
+class Until:
+    """A schedule that is 1 until a cut to a share of the MACs loses little, and again whenever it would lose more.
+
+    The cut is looked at four times an epoch; little is a relative error of the weights (root mean square over the
+    layers) of `error`.
+    """
+
+    share: float
+    example: torch.Tensor
+    steps: int  # an epoch
+    error: float = 0.1
+    run: rf.train.TrainingMethod | None = None
+    factor: float = 1.0
+
+    def __call__(self, step: int) -> float:
+        """Return the factor of the sparsity."""
+        if self.run is not None and step % self.steps % math.ceil(self.steps / 4) == 0:
+            with torch.no_grad():
+                plan = self.run.prune(budget=rf.Budget(macs=self.share), example=self.example)[1]
+            self.factor = float(plan.error is None or plan.error > self.error)
+        return self.factor
+
+
 def rows_of(task: Task, file: str, setting: Setting, seed: int, effort: Effort) -> Iterator[tuple[str, Row]]:
     """Yield the key and the row of every budget of a setting; the training before the cut is done once."""
     name = RUNS[file].network
@@ -163,10 +191,7 @@ def rows_of(task: Task, file: str, setting: Setting, seed: int, effort: Effort) 
         log = experiment.train(task, start, None, epochs=before, seed=seed, checkpoint=checkpoint)
         run = rf.train.Pufferfish(start, first=0, last=0, split=setting.split)  # for its cut alone
     else:
-        options = dict(setting.options)
-        if "late" in options:
-            options["schedule"] = late(options.pop("late"), effort.before, len(task.batches(seed)))
-        run = rf.train.training_method(setting.method, start, split=setting.split, **options)
+        run = _method(setting, start, task, effort, steps=len(task.batches(seed)))
         log = experiment.train(task, run.model, run, epochs=effort.before, seed=seed, checkpoint=checkpoint)
     common = {
         **{"task": name, "method": setting.method, "split": setting.split, "options": dict(setting.options)},
@@ -180,6 +205,19 @@ def rows_of(task: Task, file: str, setting: Setting, seed: int, effort: Effort) 
         yield f"{key} {budget}", {**common, **_cut(task, run, budget, epochs=after, seed=seed)}
     if checkpoint is not None and checkpoint.exists():
         checkpoint.unlink()
+
+
+def _method(setting: Setting, start: nn.Module, task: Task, effort: Effort, *, steps: int) -> rf.train.TrainingMethod:
+    """Return the method of a setting on a model, for that many steps an epoch."""
+    options = dict(setting.options)
+    if "late" in options:
+        options["schedule"] = late(options.pop("late"), effort.before, steps)
+    if "until" in options:
+        options["schedule"] = Until(options.pop("until"), task.example, steps)
+    run = rf.train.training_method(setting.method, start, split=setting.split, **options)
+    if isinstance(options.get("schedule"), Until):
+        options["schedule"].run = run
+    return run
 
 
 def _cut(task: Task, run: rf.train.TrainingMethod, budget: float | str, *, epochs: int, seed: int) -> Row:
