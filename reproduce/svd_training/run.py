@@ -76,13 +76,12 @@ SETTINGS = (
 )
 # Of these one seed is run, after all of those: each answers one question, on the network where it is asked.
 UNBOUND = _svd("hoyer", 0.1, orthogonality=0.0)
-PUFFERFISH = Setting("pufferfish", options={"warmup": BEFORE, "first": 0, "last": 0})
 OTHERS = (
     UNBOUND,
     _svd("hoyer", 0.1, orthogonality="retraction"),
     _svd("hoyer", 0.02),
     _svd("hoyer", 0.3),
-    PUFFERFISH,
+    Setting("pufferfish", options={"warmup": BEFORE, "first": 0, "last": 0}),
     Setting("nuclear", options={"strength": 0.1}),
 )
 LINEAR = tuple(setting for setting in SETTINGS if setting.split != "channel")  # Linear layers have one form
@@ -116,8 +115,6 @@ RUNS: Mapping[str, Run] = {
     # further cuts, where a quarter costs nothing
     "mnist": Run("mnist", seeds=(0, 1, 2), budgets=(*BUDGETS, 0.1)),
     "fashion": Run("fashion", LINEAR, OTHERS, seeds=(0, 1, 2), budgets=(*BUDGETS, 0.1, 0.05)),
-    # cut to a budget it is "one shot" once more, so its own ranks alone are run
-    "tried/scratch_pufferfish": Run("scratch", (PUFFERFISH,), budgets=(), dense=False),
     "tried/scratch_lr_0.001": Run(
         "scratch", (Setting("one shot"), _svd("hoyer", 0.1), _svd("l1", 0.3), _svd("hoyer", 0.02)), lr=1e-3
     ),
