@@ -118,12 +118,7 @@ RUNS: Mapping[str, Run] = {
     "tried/scratch_lr_0.001": Run(
         "scratch", (Setting("one shot"), _svd("hoyer", 0.1), _svd("l1", 0.3), _svd("hoyer", 0.02)), lr=1e-3
     ),
-    "tried/scratch_late": Run(
-        "scratch",
-        (_svd("hoyer", 0.1, late=BEFORE // 2),),
-        budgets=(0.5, 0.25),
-        dense=False,
-    ),
+    "tried/scratch_late": Run("scratch", (_svd("hoyer", 0.1, late=BEFORE // 2),), budgets=(0.5, 0.25), dense=False),
     "tried/scratch_until": Run(
         "scratch", (_svd("hoyer_square", 0.01, until=0.5), _svd("hoyer", 0.1, until=0.5)), budgets=(0.5,), dense=False
     ),
@@ -156,16 +151,16 @@ class Until:
     layers) of `error`.
     """
 
+    run: rf.train.SVDTraining
     share: float
     example: torch.Tensor
     steps: int  # an epoch
     error: float = 0.1
-    run: rf.train.TrainingMethod | None = None
     factor: float = 1.0
 
     def __call__(self, step: int) -> float:
         """Return the factor of the sparsity."""
-        if self.run is not None and step % self.steps % math.ceil(self.steps / 4) == 0:
+        if step % self.steps % math.ceil(self.steps / 4) == 0:
             with torch.no_grad():
                 plan = self.run.prune(budget=rf.Budget(macs=self.share), example=self.example)[1]
             self.factor = float(plan.error is None or plan.error > self.error)
@@ -207,13 +202,12 @@ def rows_of(task: Task, file: str, setting: Setting, seed: int, effort: Effort) 
 def _method(setting: Setting, start: nn.Module, task: Task, effort: Effort, *, steps: int) -> rf.train.TrainingMethod:
     """Return the method of a setting on a model, for that many steps an epoch."""
     options = dict(setting.options)
-    if "late" in options:
-        options["schedule"] = late(options.pop("late"), effort.before, steps)
-    if "until" in options:
-        options["schedule"] = Until(options.pop("until"), task.example, steps)
+    first, share = options.pop("late", None), options.pop("until", None)
     run = rf.train.training_method(setting.method, start, split=setting.split, **options)
-    if isinstance(options.get("schedule"), Until):
-        options["schedule"].run = run
+    if isinstance(run, rf.train.SVDTraining) and first is not None:
+        run.schedule = late(first, effort.before, steps)
+    if isinstance(run, rf.train.SVDTraining) and share is not None:
+        run.schedule = Until(run, share, task.example, steps)
     return run
 
 
