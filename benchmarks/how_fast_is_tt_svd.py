@@ -18,8 +18,7 @@ from _timing import compare, ratio, write
 from tensorly.decomposition import tensor_train as peer_tensor_train
 from torch import Tensor
 
-from rankfold.decompose import TT, tensor_train
-from rankfold.decompose._tt_shapes import pair_modes
+from rankfold.decompose import TT, pair_modes, tensor_train
 
 SIZE, SHAPE = 4096, (8, 8, 8, 8)
 RANKS = (8, 16)

@@ -25,9 +25,8 @@ from is_the_promised_latency_met import BATCHES, FELT, KEPT_MEMORY, RUNTIMES, bu
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 import rankfold as rf
-from rankfold.latency import Timing
+from rankfold.latency import Timing, time_layers
 from rankfold.planning import Candidates, candidates
-from rankfold.timings import time_layers
 
 RESULTS = Path(__file__).parent / "results" / "how_much_can_be_felt.json"
 MODELS = ("resnet18", "resnet50", "vgg16")

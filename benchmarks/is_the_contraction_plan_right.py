@@ -22,8 +22,8 @@ import torch
 from _timing import compare, ratio, verdict, write
 
 from rankfold.layers import TTLinear
-from rankfold.layers._tt_order import BATCHES, LARGEST_MERGE, Chain, Sweep, order_of
-from rankfold.layers._tt_plan import describe
+from rankfold.layers.tensor._tt_order import BATCHES, LARGEST_MERGE, Chain, Sweep, order_of
+from rankfold.layers.tensor._tt_plan import describe
 
 SQUARE = {"in_shape": (8, 8, 8, 8), "out_shape": (8, 8, 8, 8)}
 FC6 = {"in_shape": (2, 7, 8, 8, 7, 4), "out_shape": (4, 4, 4, 4, 4, 4)}

@@ -15,7 +15,7 @@ from cases_models import convnet, params, same_state, state
 from torch import nn
 
 import rankfold as rf
-from rankfold import _tensorfile
+from rankfold._common import _tensorfile
 from rankfold.errors import BudgetError, DataError, LayerError, PlanError, StoreError
 from rankfold.train import fit, reestimate_batchnorm
 

@@ -10,16 +10,16 @@ from torch import nn
 from torch.testing import assert_close
 
 import rankfold as rf
-from rankfold import _chain
-from rankfold._outputs import output_error
-from rankfold.calibration import calibrate
+from rankfold._common import output_error
 from rankfold.errors import DataError, LayerError, PlanError
 from rankfold.layers import FlexibleConv2d, FlexibleLinear
+from rankfold.pipeline import _steps as _chain
+from rankfold.pipeline import calibrate
 from rankfold.planning import SolvedBlock, candidates
 from rankfold.planning._joint import STEP, _thinned
 from rankfold.train import flexible_candidates
-from rankfold.train._block_data import read_block
-from rankfold.train._decouple import _usual_ranks
+from rankfold.train.flexible._block_data import read_block
+from rankfold.train.flexible._decouple import _usual_ranks
 
 
 def bent(seed=0, into=12, out=10):
@@ -157,7 +157,7 @@ def test_in_one_call_it_is_better_than_without(solved):
 def test_a_block_is_solved_by_name(monkeypatch):
     assert _chain.ROWS == 20_000
     monkeypatch.setattr(_chain, "ROWS", 0)
-    monkeypatch.setattr("rankfold.train._decouple.SHARES", (4, 8))
+    monkeypatch.setattr("rankfold.train.SHARES", (4, 8))
     small, plan = rf.compress(MODEL, DATA, budget=rf.Budget(params=0.3), blocks="0:2", recalibrate=False)
     assert plan.layers["0:2"].method == "flexible" and type(small[0]) is FlexibleLinear
     assert plan.params == params(small) <= 0.3 * params(MODEL)

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import rankfold
-from rankfold import promises, timings
 from rankfold.cli import _commands, _given, app
+from rankfold.latency import _layers as timings
+from rankfold.pipeline import _latency_check as promises
 from rankfold.planning import Plan
 from rankfold.stats import Stats, measure
 from rankfold.store import load, read_plan

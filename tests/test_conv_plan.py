@@ -14,8 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, prune
 
 from rankfold import layers
-from rankfold.layers._conv_layer import FactorisedConv
-from rankfold.layers._conv_plan import LARGEST_MERGE, plan_chain
+from rankfold.layers.conv._conv_layer import FactorisedConv
+from rankfold.layers.conv._conv_plan import LARGEST_MERGE, plan_chain
 
 CHAINS = [form for form in CONVOLUTIONS if issubclass(form[0], FactorisedConv)]
 forms = pytest.mark.parametrize(("layer", "options"), CHAINS, ids=map(form_name, CHAINS))

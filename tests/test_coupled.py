@@ -8,8 +8,8 @@ from cases_flexible import block, neurons, sampled
 from numpy.polynomial import chebyshev, legendre
 from torch.testing import assert_close
 
-from rankfold.decompose import Basis, Neurons, Shapes, coupled
-from rankfold.decompose._bases import KINDS, bent_knots, slopes_of, values_of
+from rankfold.decompose import Basis, Neurons, Shapes, coupled, values_of
+from rankfold.decompose._bases import KINDS, bent_knots, slopes_of
 from rankfold.decompose._coupled import _problem, k_rank
 from rankfold.decompose._coupled_model import SOLVERS, activity, cost_of, left_solved
 from rankfold.decompose._coupled_refine import REFINEMENTS, _normal_equations, pack, unpack

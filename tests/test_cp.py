@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tensorly.decomposition import parafac
 from torch.testing import assert_close
 
-from rankfold.decompose._cp import cp, cp_errors, full_cp_rank
+from rankfold.decompose import CP, cp, cp_errors, full_cp_rank
 from rankfold.decompose._cp_als import (
     Terms,
     products,
@@ -25,7 +25,6 @@ from rankfold.decompose._cp_als import (
 )
 from rankfold.decompose._cp_correction import HEALTHY, SLACK, correct, degeneracy
 from rankfold.decompose._cp_start import STARTS, algebraic, compress, dense, expand, nested, random
-from rankfold.decompose._factors import CP
 from rankfold.decompose._unfold import khatri_rao, unfold
 from rankfold.errors import DecompositionError
 

@@ -9,9 +9,9 @@ from cases_models import convnet, same_state, state
 from torch import nn
 
 import rankfold as rf
-from rankfold._outputs import output_error
-from rankfold.calibration import calibrate
+from rankfold._common import output_error
 from rankfold.errors import PlanError
+from rankfold.pipeline import calibrate
 from rankfold.planning import METRICS, candidates
 
 HALF = rf.Budget(params=0.5)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import rankfold as rf
-from rankfold._outputs import output_error
+from rankfold._common import output_error
 from rankfold.errors import DataError, RankfoldError
 from rankfold.surgery import apply
 from rankfold.train import Recipe, distil_blocks

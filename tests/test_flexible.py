@@ -9,15 +9,14 @@ from torch import nn
 from torch.testing import assert_close
 
 from rankfold import Budget, Choice, Plan, apply, load, measure, report, save
-from rankfold.decompose import Basis, Shapes, coupled
-from rankfold.decompose._bases import values_of
+from rankfold.decompose import Basis, Shapes, coupled, values_of
 from rankfold.errors import BudgetError, DataError, LayerError, PlanError, RankfoldError
 from rankfold.exporters import export
 from rankfold.layers import FlexibleActivation, FlexibleLinear
 from rankfold.train import decouple, decouple_errors
-from rankfold.train._block_data import read_block
-from rankfold.train._block_fit import fitted_to_values
-from rankfold.train._block_tensors import affordable, frame_of
+from rankfold.train.flexible._block_data import read_block
+from rankfold.train.flexible._block_fit import fitted_to_values
+from rankfold.train.flexible._block_tensors import affordable, frame_of
 
 BASES = [
     ("piecewise", 6, ""),
@@ -328,7 +327,7 @@ def test_fitting_the_values_at_more_rows_serves_inputs_that_it_has_not_seen():
 def test_a_fit_of_the_values_that_is_no_better_is_dropped(monkeypatch):
     found, layer = read_block(block(), "0:2"), FlexibleLinear(8, 8, rank=3, size=3).double()
     assert fitted_to_values(layer, found, X[:30], X[30:], 0) is not layer
-    monkeypatch.setattr("rankfold.train._block_fit.RATE", 1e4)
+    monkeypatch.setattr("rankfold.train.RATE", 1e4)
     assert fitted_to_values(layer, found, X[:30], X[30:], 0) is layer
 
 

@@ -13,7 +13,7 @@ from rankfold.errors import BudgetError, LayerError, PlanError
 from rankfold.exporters import export
 from rankfold.layers import FlexibleConv1d, FlexibleConv2d, FlexibleConv3d, FlexibleLinear, pointwise_twin
 from rankfold.train import decouple, decouple_errors
-from rankfold.train._block_data import read_block
+from rankfold.train.flexible._block_data import read_block
 
 KINDS = [(FlexibleConv1d, nn.Conv1d, (5,)), (FlexibleConv2d, nn.Conv2d, (4, 3)), (FlexibleConv3d, nn.Conv3d, (2, 3, 2))]
 IMAGES = [

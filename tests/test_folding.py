@@ -6,8 +6,8 @@ from torch import nn
 
 import rankfold as rf
 from rankfold.errors import LayerError
-from rankfold.folding import fold_batchnorm
 from rankfold.layers import CPConv2d, LowRankConv1d, LowRankConv2d, LowRankLinear, TuckerConv2d, TuckerConv3d
+from rankfold.surgery import fold_batchnorm
 
 
 def trained(model):

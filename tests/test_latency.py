@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from rankfold.errors import DataError
-from rankfold.latency import LEAST_ROUNDS, Latency, steady_clock, time_models
+from rankfold.latency import Latency, steady_clock, time_models
+from rankfold.latency._race import LEAST_ROUNDS
 
 X = torch.randn(4, 64)
 
@@ -118,7 +119,7 @@ def test_bad_arguments_are_named(models, options, said):
 
 
 def test_onnx_runtime_computes_the_same():
-    from rankfold.runtimes import RUNTIMES
+    from rankfold.latency import RUNTIMES
 
     model = nn.Sequential(nn.Linear(64, 8), nn.ReLU()).eval()
     torch.testing.assert_close(RUNTIMES["onnxruntime"](model, X)()[0], model(X).detach())
@@ -133,7 +134,7 @@ def test_a_function_is_a_runtime_too():
 
 @pytest.mark.slow
 def test_compiled_model_computes_the_same():
-    from rankfold.runtimes import RUNTIMES
+    from rankfold.latency import RUNTIMES
 
     model = nn.Sequential(nn.Linear(64, 8), nn.ReLU()).eval()
     with torch.inference_mode():

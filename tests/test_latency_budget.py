@@ -9,14 +9,13 @@ from cases_timing import FakeClock, seconds
 from torch import nn
 
 import rankfold as rf
-from rankfold import promises, timings
-from rankfold._times import CallTime, Curve, LayerTime, LayerTimes, Setting
 from rankfold.errors import DataError, PlanError
-from rankfold.latency import Timing
+from rankfold.latency import Timing, time_layers
+from rankfold.latency import _layers as timings
+from rankfold.pipeline import _latency_check as promises
+from rankfold.pipeline import plan_in_time
 from rankfold.planning import Measured, candidates
-from rankfold.promises import plan_in_time
-from rankfold.stats import count_bytes
-from rankfold.timings import time_layers
+from rankfold.stats import CallTime, Curve, LayerTime, LayerTimes, Setting, count_bytes
 
 SETTING = Setting("eager", 1, "cpu", "a processor", "2.6")
 X = torch.randn(2, 64)

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rankfold as rf
-from rankfold import latency, timings
-from rankfold._times import CallTime, Curve, LayerTime, LayerTimes, Setting, coordinates
-from rankfold._timing_cache import cache_file, cache_folder, read_cases, write_cases
 from rankfold.errors import DataError
-from rankfold.latency import Timing, fastest_layout
-from rankfold.timings import _Case, _Input, time_layers
+from rankfold.latency import Timing, fastest_layout, time_layers
+from rankfold.latency import _layers as timings
+from rankfold.latency import _race as latency
+from rankfold.latency._cache import cache_file, cache_folder, read_cases, write_cases
+from rankfold.latency._layers import _Case, _Input
+from rankfold.stats import CallTime, Curve, LayerTime, LayerTimes, Setting, coordinates
 
 SETTING = Setting("eager", 1, "cpu", "a processor", "2.6")
 IMAGES = torch.ones(2, 3, 8, 8)

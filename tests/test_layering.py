@@ -1,4 +1,4 @@
-"""Do imports go down the storeys only, and do siblings keep to themselves?"""
+"""Do imports go down only, from room to room?"""
 
 import ast
 from pathlib import Path
@@ -6,53 +6,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "rankfold"
-STOREY = {
-    **dict.fromkeys(["errors", "_typing", "_atomic"], -2),
-    **dict.fromkeys(["_batches", "_modes", "_progress", "_tensorfile", "_times", "_timing_cache"], -1),
-    **dict.fromkeys(["decompose", "ranks", "spectrum"], 0),
-    **dict.fromkeys(["layers", "runtimes", "_outputs"], 1),
-    **dict.fromkeys(
-        [
-            "latency",
-            "stats",
-            "timings",
-            "promises",
-            "folding",
-            "planning",
-            "_pretrained",
-            "_copies",
-            "attention",
-            "surgery",
-        ],
-        2,
-    ),
-    **dict.fromkeys(["recalibration", "calibration", "_chain", "_scores", "searches", "pipeline", "train"], 2),
-    **dict.fromkeys(["hub", "store", "exporters", "reports", "plots"], 3),
-    **dict.fromkeys(["cli", "demo", "__main__"], 4),
-}
-SIBLINGS = {  # the imports within a storey that the architecture allows
-    "_timing_cache": {"_times"},
-    "stats": {"latency"},
-    "timings": {"latency", "stats"},
-    "promises": {"latency", "planning", "surgery"},
-    "folding": {"_copies", "stats"},
-    "planning": {"stats", "latency"},
-    "_pretrained": {"planning"},
-    "_copies": {"_pretrained"},
-    "attention": {"_copies", "planning"},
-    "surgery": {"_pretrained", "_copies", "attention", "planning", "stats", "latency"},
-    "recalibration": {"_copies", "attention", "stats"},
-    "calibration": {"planning", "stats", "surgery"},
-    "_chain": {
-        *("calibration", "recalibration", "promises", "timings", "train", "surgery", "planning", "stats", "latency"),
-    },
-    "searches": {"_chain", "_scores", "planning", "stats", "latency"},
-    "pipeline": {"_chain", "searches", "planning", "stats", "latency"},
-    "train": {"surgery", "planning", "stats", "latency", "folding"},
-    "plots": {"reports"},
-    "cli": {"demo"},
-    "__main__": {"cli"},
-}
+ROOMS = (  # from the ground up: a room imports rooms before it, and of those only what their `__init__` hands on
+    *("errors", "_common", "ranks", "decompose", "spectrum", "layers"),
+    *("stats", "planning", "surgery", "latency", "recalibration", "train"),
+    *("hub", "store", "exporters", "reports", "plots", "pipeline", "demo", "cli", "__main__"),
+)
 OPTIONAL = {
     "matplotlib",
     "onnx",
@@ -64,14 +22,26 @@ OPTIONAL = {
     "lightning",
     "sklearn",
 }
+FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py"]
 
 
 def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def targets(node: ast.ImportFrom) -> list[str]:
+    """What `from … import …` imports: of a package its files where it names them, otherwise itself."""
+    folder = PACKAGE.parent.joinpath(*node.module.split("."))
+    files = [a.name for a in node.names if (folder / a.name).is_dir() or (folder / f"{a.name}.py").is_file()]
+    return [f"{node.module}.{name}" for name in files] or [node.module]
+
+
 def imports(path: Path) -> list[tuple[str, bool]]:
-    """Every module that a file imports, absolute, and whether the import is inside a function."""
+    """Every module that a file imports, for its types too, and whether the import is inside a function."""
     tree = ast.parse(path.read_text())
     inner = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
     found = []
@@ -80,32 +50,41 @@ def imports(path: Path) -> list[tuple[str, bool]]:
             found += [(alias.name, id(node) in inner) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = [node.module] if node.module != "rankfold" else [f"rankfold.{a.name}" for a in node.names]
-            found += [(name, id(node) in inner) for name in names]
+            found += [(name, id(node) in inner) for name in targets(node)]
     return found
 
 
-FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py"]
+def ours(path: Path) -> list[str]:
+    return [name for name, _ in imports(path) if name.startswith("rankfold.")]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_rooms_are_those_that_are_there():
+    there = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert there - {"__init__", "__pycache__"} == set(ROOMS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
 def test_imports_go_down(path):
-    here = room(path)
-    for module, _ in imports(path):
-        if not module.startswith("rankfold."):
-            continue
-        there = module.split(".")[1]
-        allowed = here == there or STOREY[there] < STOREY[here] or there in SIBLINGS.get(here, ())
-        assert allowed, f"{here} (storey {STOREY[here]}) imports {there} (storey {STOREY[there]})"
+    here = ROOMS.index(room(path))
+    for name in ours(path):
+        there = name.split(".")[1]
+        assert ROOMS.index(there) <= here, f"{ROOMS[here]} imports {there}, which is above it"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_rooms_take_from_each_other_what_is_handed_on(path):
+    for name in ours(path):
+        _, there, *file = name.split(".")
+        assert there == room(path) or not any(part.startswith("_") for part in file), f"{path}: {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
 def test_inner_imports_are_of_optional_packages(path):
-    inner = {module.split(".")[0] for module, inside in imports(path) if inside}
+    inner = {name.split(".")[0] for name, inside in imports(path) if inside}
     assert inner <= OPTIONAL
 
 
-def test_storey_zero_knows_no_modules():
+def test_decompositions_know_no_modules():
     for path in [*(PACKAGE / "decompose").glob("*.py"), *(PACKAGE / "ranks").glob("*.py"), PACKAGE / "spectrum.py"]:
         assert "nn.Module" not in path.read_text(), path
-        assert not any(module.startswith("torch.nn") for module, _ in imports(path)), path
+        assert not any(name.startswith("torch.nn") for name, _ in imports(path)), path

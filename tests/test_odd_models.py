@@ -10,7 +10,7 @@ from cases_models import Attention, CalledTwice, Tied, TiedThrice, encoder, mlp,
 from torch import nn
 
 import rankfold as rf
-from rankfold._batches import example_arguments
+from rankfold._common import example_arguments
 from rankfold.layers import LowRankEmbedding, LowRankLinear, factorisable, is_factorised
 from rankfold.layers._refusal import is_quantised
 

@@ -5,7 +5,7 @@ import torch
 from cases_train import accuracy, assert_same, loader, network, tensors
 from torch import nn
 
-from rankfold._tensorfile import write_tensors
+from rankfold._common import write_tensors
 from rankfold.errors import RankfoldError, StoreError
 from rankfold.train import Recipe, fit
 

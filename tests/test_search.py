@@ -10,8 +10,8 @@ from cases_models import convnet, mlp, params, same_state, state
 from torch import nn
 
 import rankfold as rf
-from rankfold._scores import Score, monotone, standard_error
 from rankfold.errors import BudgetError, DataError, PlanError, StoreError
+from rankfold.pipeline._scores import Score, monotone, standard_error
 
 X = torch.randn(16, 160)
 

@@ -22,8 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
-from rankfold import _atomic, _tensorfile
-from rankfold._atomic import atomic_path
+from rankfold._common import _atomic, _tensorfile, atomic_path
 from rankfold.errors import PlanError, RankfoldError, StoreError
 from rankfold.layers import TABLE, LowRankLinear
 from rankfold.planning import Choice, Plan

@@ -11,13 +11,13 @@ from rankfold.decompose import (
     block_singular_values,
     block_tensor_train,
     kronecker_sum,
+    rearranged,
+    ring_bonds,
     singular_values,
     svd,
     tensor_ring,
     tensor_train,
 )
-from rankfold.decompose._kronecker import rearranged
-from rankfold.decompose._ring import ring_bonds
 from rankfold.errors import DecompositionError
 
 few = settings(max_examples=20, deadline=None, derandomize=True)

@@ -11,13 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rankfold as rf
 from rankfold import layers
-from rankfold.decompose import singular_values
-from rankfold.decompose._kronecker import rearranged
+from rankfold.decompose import rearranged, singular_values
 from rankfold.errors import LayerError
 from rankfold.layers import BTTLinear, Call, KroneckerLinear, TRLinear
-from rankfold.layers._ring import _core_shapes, _cut_after, _rebuilt
-from rankfold.layers._structured import boxes
-from rankfold.layers._tt_order import BATCHES as PLANNED
+from rankfold.layers.tensor._ring import _core_shapes, _cut_after, _rebuilt
+from rankfold.layers.tensor._structured import boxes
+from rankfold.layers.tensor._tt_order import BATCHES as PLANNED
 
 F64 = torch.float64
 few = settings(max_examples=6, deadline=None, derandomize=True)

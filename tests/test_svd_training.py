@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import rankfold as rf
 from rankfold.errors import BudgetError, LayerError, PlanError, RankfoldError
 from rankfold.layers import LowRankLinear, SVDConv2d, SVDLinear
-from rankfold.train import SVDTraining, restarted, svd_form
-from rankfold.train._penalties import KINDS, orthogonality, sparsity
+from rankfold.train import KINDS, SVDTraining, restarted, svd_form
+from rankfold.train.lowrank._penalties import orthogonality, sparsity
 
 SPLITS = ("spatial", "channel")
 

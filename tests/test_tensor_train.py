@@ -7,8 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankfold.decompose import TT, _tt, balanced_shape, tensor_train, tt_matrix, tt_round, tt_roundings, tt_spectra
-from rankfold.decompose._tt_shapes import bonds, pair_modes
+from rankfold.decompose import (
+    TT,
+    _tt,
+    balanced_shape,
+    bonds,
+    pair_modes,
+    tensor_train,
+    tt_matrix,
+    tt_round,
+    tt_roundings,
+    tt_spectra,
+)
 from rankfold.errors import DecompositionError
 
 few = settings(max_examples=25, deadline=None, derandomize=True)

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 import rankfold as rf
-from rankfold._times import CallTime, Curve, LayerTime, LayerTimes, Setting
 from rankfold.errors import PlanError
 from rankfold.layers import LowRankEmbedding, TiedHead
 from rankfold.planning import candidates, tied_heads
 from rankfold.recalibration import Recalibration
+from rankfold.stats import CallTime, Curve, LayerTime, LayerTimes, Setting
 from tests.cases_models import Tied, TiedThrice, params, same_state, state
 
 TOKENS = torch.randint(50, (4, 6), generator=torch.Generator().manual_seed(0))

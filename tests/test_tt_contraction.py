@@ -14,10 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rankfold as rf
 from rankfold.errors import LayerError, PlanError
-from rankfold.layers import TTConv1d, TTConv2d, TTLinear, _tt_conv_plan, _tt_order
-from rankfold.layers._tt_contract import contract, merge
-from rankfold.layers._tt_order import BATCHES, CHUNK, Chain, Step, bucket, order_of, plan_sweep
-from rankfold.layers._tt_plan import sweeps
+from rankfold.layers import TTConv1d, TTConv2d, TTLinear
+from rankfold.layers.tensor import _tt_conv_plan, _tt_order
+from rankfold.layers.tensor._tt_contract import contract, merge
+from rankfold.layers.tensor._tt_order import BATCHES, CHUNK, Chain, Step, bucket, order_of, plan_sweep
+from rankfold.layers.tensor._tt_plan import sweeps
 
 few = settings(max_examples=15, deadline=None, derandomize=True)
 F64 = torch.float64

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankfold.errors import LayerError
 from rankfold.layers import Call, TTConv1d, TTConv2d, TTConv3d, TTEmbedding, TTLinear
-from rankfold.layers._tt_contract import contract
-from rankfold.layers._tt_conv_plan import ConvPlan, plan_conv
-from rankfold.layers._tt_order import BATCHES, Chain, bucket, plan_sweep
+from rankfold.layers.tensor._tt_contract import contract
+from rankfold.layers.tensor._tt_conv_plan import ConvPlan, plan_conv
+from rankfold.layers.tensor._tt_order import BATCHES, Chain, bucket, plan_sweep
 
 few = settings(max_examples=20, deadline=None, derandomize=True)
 F64 = torch.float64

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rankfold.layers import Call, TTEmbedding
-from rankfold.layers._tt_order import Chain
-from rankfold.layers._tt_rows import ROWS, RowPlan, bucket_of, plan_rows, table_rows
+from rankfold.layers.tensor._tt_order import Chain
+from rankfold.layers.tensor._tt_rows import ROWS, RowPlan, bucket_of, plan_rows, table_rows
 
 F64 = torch.float64
 SHAPES = {  # rows, dim, in_shape, out_shape: exact, padded, one mode of one, as in a large table

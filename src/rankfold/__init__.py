@@ -1,18 +1,15 @@
 """Rankfold makes PyTorch networks small and fast by low-rank and tensor decompositions."""
 
 from rankfold import decompose, layers, ranks, spectrum, train
-from rankfold.attention import separate_attention
 from rankfold.errors import BudgetError, RankfoldError
 from rankfold.exporters import export
-from rankfold.folding import fold_batchnorm
-from rankfold.pipeline import compress
+from rankfold.pipeline import compress, search
 from rankfold.planning import Budget, Choice, Plan, plan
 from rankfold.recalibration import recalibrate
 from rankfold.reports import Report, report
-from rankfold.searches import search
 from rankfold.stats import Stats, measure
 from rankfold.store import load, save
-from rankfold.surgery import apply, densify
+from rankfold.surgery import apply, densify, fold_batchnorm, separate_attention
 
 __all__ = [
     "Budget",

@@ -16,8 +16,7 @@ from rich.table import Column, Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from rankfold._modes import evaluating
-from rankfold._progress import track
+from rankfold._common import evaluating, track
 from rankfold.errors import RankfoldError, StoreError
 from rankfold.latency import Latency, time_models, using_threads
 from rankfold.pipeline import compress

@@ -12,11 +12,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from rankfold._atomic import atomic_path
-from rankfold._batches import device_of, example_arguments, tensors_in, to_device
-from rankfold._modes import evaluating
+from rankfold._common import atomic_path, device_of, evaluating, example_arguments, tensors_in, to_device
 from rankfold.errors import ExportError
-from rankfold.runtimes import Run, eager, onnx_bytes, onnx_run, quiet_export
+from rankfold.latency import Run, eager, onnx_bytes, onnx_run, quiet_export
 
 Write: TypeAlias = Callable[[nn.Module, Any], bytes]
 Load: TypeAlias = Callable[[str, Any], Run]

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from rankfold import _pretrained
 from rankfold.errors import RankfoldError, StoreError
 from rankfold.layers import is_factorised
-from rankfold.surgery import apply
+from rankfold.surgery import CONFIG_ENTRY, apply, plan_of
+from rankfold.surgery import register as register_layers
 
 SHOWN = 5  # so many names of tensors that do not fit are put in an error
 
@@ -29,7 +29,7 @@ def register() -> None:
     Raises:
         RankfoldError: transformers is missing or too old.
     """
-    _pretrained.register(partial(apply, init="random"))
+    register_layers(partial(apply, init="random"))
 
 
 def from_pretrained(folder: str | os.PathLike[str], **options: Any) -> nn.Module:
@@ -49,7 +49,7 @@ def from_pretrained(folder: str | os.PathLike[str], **options: Any) -> nn.Module
     config = transformers.AutoConfig.from_pretrained(folder)
     where = os.fspath(folder)
     try:
-        _pretrained.plan_of(getattr(config, _pretrained.ENTRY, None))
+        plan_of(getattr(config, CONFIG_ENTRY, None))
     except RankfoldError as problem:
         raise StoreError(f"{where}: {problem}") from problem
     architecture: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rankfold._atomic import atomic_path
+from rankfold._common import atomic_path
 from rankfold.errors import RankfoldError
 from rankfold.planning import Plan
 from rankfold.reports import Report

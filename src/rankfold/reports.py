@@ -17,15 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from rankfold._atomic import atomic_path
-from rankfold._batches import device_of
-from rankfold._modes import evaluating
-from rankfold._outputs import output_error
+from rankfold._common import atomic_path, device_of, evaluating, output_error
 from rankfold.errors import LayerError, PlanError, RankfoldError
-from rankfold.latency import Latency, time_models
+from rankfold.latency import Latency, Runtime, time_models
 from rankfold.layers import is_factorised, stock_twin
 from rankfold.planning import Choice, Plan, block_modules, is_block
-from rankfold.runtimes import Runtime
 from rankfold.stats import Stats, count_bytes, count_params, measure
 
 WIDTH = 120

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rankfold._typing import Float
+from rankfold._common import Float
 from rankfold.errors import DecompositionError
 
 __all__ = ["conv_singular_values", "conv_symbol", "effective_rank", "spectral_norm_bounds"]

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold._batches import device_of
-from rankfold._tensorfile import read_tensors, read_texts, write_tensors
+from rankfold._common import device_of, read_tensors, read_texts, write_tensors
 from rankfold.errors import PlanError, RankfoldError, StoreError
 from rankfold.layers import is_factorised
 from rankfold.planning import Choice, Plan, block_difference, is_block

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rankfold as rf
-from rankfold.calibration import calibrate
+from rankfold.pipeline import calibrate
 from rankfold.planning import Candidates, candidates
 from rankfold.recalibration import recalibrate
 from reproduce import harness

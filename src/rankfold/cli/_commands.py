@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from rankfold._atomic import atomic_path
+from rankfold._common import atomic_path
 from rankfold.cli import _options as o
 from rankfold.cli._given import (
     applied,

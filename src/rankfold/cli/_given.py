@@ -10,11 +10,10 @@ from typing import Any
 import typer
 from torch import nn
 
-from rankfold._batches import batch_arguments
-from rankfold._chain import Data, planner
+from rankfold._common import batch_arguments
 from rankfold.cli._sources import SourceError, called, example_of, fitting_input
 from rankfold.errors import DataError
-from rankfold.pipeline import compress
+from rankfold.pipeline import Data, compress, planner
 from rankfold.planning import SQUARES, Budget, Plan
 from rankfold.planning import plan as make_plan
 from rankfold.stats import Stats

@@ -8,8 +8,8 @@ from typing import Annotated, TypeAlias
 import typer
 
 from rankfold.cli._sources import DTYPES
+from rankfold.latency import RUNTIMES
 from rankfold.planning import METRICS
-from rankfold.runtimes import RUNTIMES
 from rankfold.train import KINDS
 
 Model: TypeAlias = Annotated[

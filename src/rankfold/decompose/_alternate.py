@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankfold._typing import Float
+from rankfold._common import Float
 from rankfold.decompose._metric import SOFTENING, check_definite, check_moment, check_rows, row_roots
 from rankfold.decompose._unfold import relative, working_copy
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rankfold._typing import Float
+from rankfold._common import Float
 from rankfold.decompose._factors import BTT
 from rankfold.decompose._tt_shapes import two_modes
 from rankfold.decompose._unfold import check_rank, in_dtype, relative, safe_scale, squared_norm, working_copy

@@ -11,7 +11,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from rankfold._typing import Float
+from rankfold._common import Float
 from rankfold.decompose._bases import Basis, Shapes, bent_knots, slopes_of, values_of
 from rankfold.decompose._coupled_model import (
     SOLVERS,

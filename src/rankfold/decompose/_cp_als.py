@@ -16,7 +16,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from rankfold._typing import Float
+from rankfold._common import Float
 from rankfold.decompose._unfold import relative, squared_norm
 
 CHUNK = 1 << 22  # entries of the residual that are formed at a time

@@ -10,7 +10,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from rankfold._typing import Float
+from rankfold._common import Float
 from rankfold.decompose._alternate import (
     Inner,
     Target,

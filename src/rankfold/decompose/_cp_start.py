@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rankfold._typing import Float
+from rankfold._common import Float
 from rankfold.decompose._cp_als import Terms, eigen, norms_and_directions, row_products
 from rankfold.decompose._unfold import mode_gram, mode_product, unfold
 

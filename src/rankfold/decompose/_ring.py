@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from rankfold._typing import Float
+from rankfold._common import Float
 from rankfold.decompose._factors import TR
 from rankfold.decompose._svd import svd
 from rankfold.decompose._tt import tensor_train

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from rankfold._typing import Float
+from rankfold._common import Float
 from rankfold.decompose._factors import SVD, fix_signs
 from rankfold.decompose._metric import check_definite, check_metric, check_moment, metric_spectrum, root_of, row_roots
 from rankfold.decompose._unfold import (

@@ -11,7 +11,7 @@ from typing import TypeAlias, overload
 import torch
 from torch import Tensor
 
-from rankfold._typing import Float
+from rankfold._common import Float
 from rankfold.decompose._factors import TT, TTMatrix
 from rankfold.decompose._svd import singular_values
 from rankfold.decompose._tt_cores import inner, orthogonalise_from_right, unpaired

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankfold._typing import Float
+from rankfold._common import Float
 from rankfold.decompose._alternate import Inner, damped_cholesky, solve_inner
 from rankfold.decompose._curves import calibrated, spread_over
 from rankfold.decompose._factors import TTMatrix

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rankfold._typing import Float
+from rankfold._common import Float
 from rankfold.decompose._factors import Tucker, fix_signs
 from rankfold.decompose._unfold import (
     check_rank,

@@ -14,7 +14,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from rankfold._typing import Float
+from rankfold._common import Float
 from rankfold.errors import DecompositionError
 
 WORKING_DTYPES = (torch.float64, torch.float32)

@@ -1,28 +1,28 @@
 """Factorised layers: the signature of the dense twin plus a rank; built, costed and undone without the model."""
 
 from rankfold.layers._attention import PROJECTIONS, SeparateAttention
-from rankfold.layers._btt import BTTLinear
 from rankfold.layers._build import is_channels_last
 from rankfold.layers._contract import Call, Cost, FactorisedLayer, Metric, Options, Spectrum
-from rankfold.layers._conv_cp import CPConv1d, CPConv2d, CPConv3d
-from rankfold.layers._conv_svd import LowRankConv1d, LowRankConv2d, LowRankConv3d
-from rankfold.layers._conv_tucker import TuckerConv1d, TuckerConv2d, TuckerConv3d
 from rankfold.layers._embedding import LowRankEmbedding, TiedHead, head_macs
 from rankfold.layers._fan_in import FanIns, fan_ins
-from rankfold.layers._flexible import FlexibleActivation, FlexibleLayer, FlexibleLinear
-from rankfold.layers._flexible_conv import FlexibleConv1d, FlexibleConv2d, FlexibleConv3d, pointwise_twin
-from rankfold.layers._kronecker import KroneckerLinear
 from rankfold.layers._linear import LowRankLinear
 from rankfold.layers._refusal import factorisable, refusal, stock_twin, untwinned
-from rankfold.layers._ring import TRLinear
 from rankfold.layers._rows import Rows, output_rows, row_size, rows_of
-from rankfold.layers._svd_form import SVDForm, SVDLinear
-from rankfold.layers._svd_form_conv import SVDConv1d, SVDConv2d, SVDConv3d
 from rankfold.layers._table import BLOCKS, TABLE, block_class, dense_cost, is_factorised, layer_class, methods_for
-from rankfold.layers._tt_conv import TTConv1d, TTConv2d, TTConv3d
-from rankfold.layers._tt_embedding import TTEmbedding
-from rankfold.layers._tt_linear import TTLinear
 from rankfold.layers._unfolding import folded, unfolded
+from rankfold.layers.conv._conv_cp import CPConv1d, CPConv2d, CPConv3d
+from rankfold.layers.conv._conv_svd import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from rankfold.layers.conv._conv_tucker import TuckerConv1d, TuckerConv2d, TuckerConv3d
+from rankfold.layers.flexible._flexible import FlexibleActivation, FlexibleLayer, FlexibleLinear
+from rankfold.layers.flexible._flexible_conv import FlexibleConv1d, FlexibleConv2d, FlexibleConv3d, pointwise_twin
+from rankfold.layers.svd_form._svd_form import SVDForm, SVDLinear
+from rankfold.layers.svd_form._svd_form_conv import SVDConv1d, SVDConv2d, SVDConv3d
+from rankfold.layers.tensor._btt import BTTLinear
+from rankfold.layers.tensor._kronecker import KroneckerLinear
+from rankfold.layers.tensor._ring import TRLinear
+from rankfold.layers.tensor._tt_conv import TTConv1d, TTConv2d, TTConv3d
+from rankfold.layers.tensor._tt_embedding import TTEmbedding
+from rankfold.layers.tensor._tt_linear import TTLinear
 
 __all__ = [
     "BLOCKS",

@@ -11,12 +11,12 @@ from typing import Any
 from torch import nn
 
 from rankfold.errors import LayerError
-from rankfold.layers._structured import StructuredLinear
-from rankfold.layers._svd_form import SVDForm
 from rankfold.layers._table import TABLE, is_factorised
-from rankfold.layers._tt_conv import TTConv
-from rankfold.layers._tt_embedding import TTEmbedding
-from rankfold.layers._tt_linear import TTLinear
+from rankfold.layers.svd_form._svd_form import SVDForm
+from rankfold.layers.tensor._structured import StructuredLinear
+from rankfold.layers.tensor._tt_conv import TTConv
+from rankfold.layers.tensor._tt_embedding import TTEmbedding
+from rankfold.layers.tensor._tt_linear import TTLinear
 
 
 @dataclass(frozen=True, eq=False)

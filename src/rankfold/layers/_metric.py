@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankfold.decompose._curves import monotone_curve
+from rankfold.decompose import monotone_curve
 from rankfold.errors import LayerError
 from rankfold.layers._contract import Metric, Rank
 

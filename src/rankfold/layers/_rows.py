@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.layers._conv import ConvShape, padded
 from rankfold.layers._refusal import CONV1D, STOCK_TYPES, qualified_name
 from rankfold.layers._table import is_factorised
+from rankfold.layers.conv._conv import ConvShape, padded
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Below float32 neither padding nor products of long rows are safe.

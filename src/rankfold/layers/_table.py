@@ -10,23 +10,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankfold.errors import LayerError
-from rankfold.layers._btt import BTTLinear
 from rankfold.layers._contract import Call, Cost, FactorisedLayer
-from rankfold.layers._conv_cp import CPConv1d, CPConv2d, CPConv3d
-from rankfold.layers._conv_svd import LowRankConv1d, LowRankConv2d, LowRankConv3d
-from rankfold.layers._conv_tucker import TuckerConv1d, TuckerConv2d, TuckerConv3d
 from rankfold.layers._embedding import LowRankEmbedding
-from rankfold.layers._flexible import FlexibleLayer, FlexibleLinear
-from rankfold.layers._flexible_conv import FlexibleConv1d, FlexibleConv2d, FlexibleConv3d, pointwise_twin
-from rankfold.layers._kronecker import KroneckerLinear
 from rankfold.layers._linear import LowRankLinear
 from rankfold.layers._refusal import CONV1D, is_quantised, qualified_name
-from rankfold.layers._ring import TRLinear
-from rankfold.layers._svd_form import SVDLinear
-from rankfold.layers._svd_form_conv import SVDConv1d, SVDConv2d, SVDConv3d
-from rankfold.layers._tt_conv import TTConv1d, TTConv2d, TTConv3d
-from rankfold.layers._tt_embedding import TTEmbedding
-from rankfold.layers._tt_linear import TTLinear
+from rankfold.layers.conv._conv_cp import CPConv1d, CPConv2d, CPConv3d
+from rankfold.layers.conv._conv_svd import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from rankfold.layers.conv._conv_tucker import TuckerConv1d, TuckerConv2d, TuckerConv3d
+from rankfold.layers.flexible._flexible import FlexibleLayer, FlexibleLinear
+from rankfold.layers.flexible._flexible_conv import FlexibleConv1d, FlexibleConv2d, FlexibleConv3d, pointwise_twin
+from rankfold.layers.svd_form._svd_form import SVDLinear
+from rankfold.layers.svd_form._svd_form_conv import SVDConv1d, SVDConv2d, SVDConv3d
+from rankfold.layers.tensor._btt import BTTLinear
+from rankfold.layers.tensor._kronecker import KroneckerLinear
+from rankfold.layers.tensor._ring import TRLinear
+from rankfold.layers.tensor._tt_conv import TTConv1d, TTConv2d, TTConv3d
+from rankfold.layers.tensor._tt_embedding import TTEmbedding
+from rankfold.layers.tensor._tt_linear import TTLinear
 
 _CLASSES: tuple[Any, ...] = (  # each takes options of its own, where the contract leaves them open
     LowRankLinear,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from rankfold.errors import LayerError
-from rankfold.layers._conv import axis_parts
+from rankfold.layers.conv._conv import axis_parts
 
 SPLITS = ("channel", "spatial")
 

@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from rankfold._progress import track
-from rankfold._times import LayerTime
+from rankfold._common import track
 from rankfold.errors import LayerError, PlanError, RankfoldError
 from rankfold.layers import Call, FactorisedLayer, Metric, Spectrum, head_macs, layer_class, methods_for
 from rankfold.planning._budget import QUANTITIES
 from rankfold.planning._plan import Choice, Rank
 from rankfold.ranks import energy, evbmf
+from rankfold.stats import LayerTime
 
 LEVELS = 512
 Options = dict[str, Any]

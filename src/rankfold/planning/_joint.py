@@ -15,7 +15,7 @@ from rankfold.planning._candidates import pays
 from rankfold.planning._objectives import OBJECTIVES
 from rankfold.planning._plan import Choice, Plan
 from rankfold.planning._rules import Choices, costs_of, damage_of
-from rankfold.ranks._allocation import undominated
+from rankfold.ranks import undominated
 from rankfold.stats import Stats
 
 MOST = 600  # combinations of the layers of a block that are all told apart

@@ -70,7 +70,7 @@ def plan(  # noqa: PLR0913
         budget: fractions of the whole model to keep. Only rule "evbmf" or a function goes without.
         stats: from `measure`; needed for a budget on MACs. Without it no MACs are predicted, and layers
             whose weight a parent reads directly can't be told from the others. With moments=True it also says
-            what the inputs of the layers are like, and from `rankfold.timings.time_layers` how long they take: needed
+            what the inputs of the layers are like, and from `rankfold.latency.time_layers` how long they take: needed
             for a budget on latency.
         methods: which methods may be mixed: "svd", "cp", "tucker", "tt".
         rule: "optimal"; "uniform", the same share of cost in every layer; "energy", the same share of the
@@ -250,7 +250,7 @@ def _check(request: _Request, stats: Stats | None) -> None:
         raise PlanError("a budget on MACs means nothing here: the model did none on its example")
     if "latency" in request.quantities and (stats is None or stats.times is None):
         raise PlanError(
-            "a budget on latency needs measured times of the layers: stats=rankfold.timings.time_layers(model, stats, "
+            "a budget on latency needs measured times of the layers: stats=rankfold.latency.time_layers(model, stats, "
             "example=…); compress measures them itself"
         )
     if request.objective not in OBJECTIVES or request.objective == CALIBRATED:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from rankfold._times import LayerTime
 from rankfold.layers import Metric
 from rankfold.planning._metrics import layer_metric
 from rankfold.planning._plan import Choice
-from rankfold.stats import Stats, walk
+from rankfold.stats import LayerTime, Stats, walk
 
 TIED_METHODS = ("svd",)  # those whose two factors serve both layers
 FOLLOWS = "follows"  # what the reason of a tied head begins with

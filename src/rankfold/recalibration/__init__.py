@@ -2,4 +2,8 @@
 
 from rankfold.recalibration._recalibrate import Recalibration, Refit, recalibrate
 
-__all__ = ["Recalibration", "Refit", "recalibrate"]
+__all__ = [
+    "Recalibration",
+    "Refit",
+    "recalibrate",
+]

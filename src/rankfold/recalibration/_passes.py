@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold._outputs import OutputError, output_tensors
+from rankfold._common import OutputError, output_tensors
 from rankfold.errors import DataError
 from rankfold.layers import Rows, is_factorised, row_size
 from rankfold.recalibration._pairs import Pairs

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold._copies import copy_with
-from rankfold._progress import track
-from rankfold.attention import with_named_projections
+from rankfold._common import track
 from rankfold.errors import DataError
 from rankfold.layers import FlexibleLayer, TiedHead, is_factorised, row_size
 from rankfold.recalibration._passes import Calibration, bytes_of, outputs_of, solved_part
 from rankfold.recalibration._refit import refit
 from rankfold.stats import Stats, observing, walk
+from rankfold.surgery import copy_with, with_named_projections
 
 PATCHES = 64
 LEAST_WEIGHT = 1e-2  # of an output, over the mean of its layer's: gradients of few samples miss what is seldom used

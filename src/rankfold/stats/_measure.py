@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
-from rankfold._batches import (
+from rankfold._common import (
     Arguments,
     batch_arguments,
     batch_target,
@@ -22,8 +22,8 @@ from rankfold._batches import (
     example_arguments,
     first_tensor,
     to_device,
+    track,
 )
-from rankfold._progress import track
 from rankfold.errors import DataError, LayerError
 from rankfold.layers import Call, TiedHead, dense_cost, is_factorised, output_rows
 from rankfold.stats._moments import MEMORY, PATCHES, Sums, bytes_of

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rankfold._tensorfile import json_text, read_tensors, write_tensors
+from rankfold._common import json_text, read_tensors, write_tensors
 from rankfold.errors import DataError, StoreError
 from rankfold.layers import Metric, Rows, row_size
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rankfold._tensorfile import json_text
-from rankfold._times import LayerTimes
+from rankfold._common import json_text
 from rankfold.errors import PlanError, StoreError
 from rankfold.layers import Call, Metric
 from rankfold.stats._moments import Moments, read_moments, write_moments
+from rankfold.stats._times import LayerTimes
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Stats:
         macs: multiply-adds of the whole model on the batch, divided by the batch size.
         batch_size: first dimension of the first tensor of the input.
         left_out: where moments were asked for, the layers without and why.
-        times: measured times of the layers, from `rankfold.timings.time_layers`; not part of files or JSON.
+        times: measured times of the layers, from `rankfold.latency.time_layers`; not part of files or JSON.
     """
 
     layers: Mapping[str, LayerStats]

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from rankfold._batches import device_of
-from rankfold._modes import evaluating
+from rankfold._common import device_of, evaluating
 from rankfold.layers import TiedHead, factorisable, is_factorised
 
 

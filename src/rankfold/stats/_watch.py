@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rankfold._batches import Arguments, batch_arguments, device_of, first_tensor, to_device
+from rankfold._common import Arguments, batch_arguments, device_of, first_tensor, to_device
 from rankfold.errors import DataError
 from rankfold.layers import Rows, row_size, rows_of
 from rankfold.stats._moments import MEMORY, PATCHES

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rankfold._batches import batch_arguments, device_of, to_device
-from rankfold._modes import evaluating
+from rankfold._common import batch_arguments, device_of, evaluating, to_device
 from rankfold.errors import DataError, RankfoldError
 
 

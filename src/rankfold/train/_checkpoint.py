@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold._tensorfile import json_text, read_tensors, write_tensors
+from rankfold._common import json_text, read_tensors, write_tensors
 from rankfold.errors import RankfoldError, StoreError
-from rankfold.train._method import TrainingMethod
-from rankfold.train._method_file import split_state
 from rankfold.train._recipe import Epoch, Recipe
+from rankfold.train.lowrank._method import TrainingMethod
+from rankfold.train.lowrank._method_file import split_state
 
 KEY = "rankfold_checkpoint"
 FORMAT = 1

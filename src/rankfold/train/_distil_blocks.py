@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from rankfold._batches import batch_arguments, device_of, first_tensor, to_device
-from rankfold._modes import evaluating
-from rankfold._progress import track
+from rankfold._common import batch_arguments, device_of, evaluating, first_tensor, to_device, track
 from rankfold.errors import DataError, RankfoldError
 from rankfold.layers import is_factorised
 from rankfold.planning import near

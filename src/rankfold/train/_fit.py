@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold._batches import batch_arguments, batch_target, device_of, to_device
-from rankfold._modes import modes_kept
-from rankfold._progress import track
+from rankfold._common import batch_arguments, batch_target, device_of, modes_kept, to_device, track
 from rankfold.errors import DataError, RankfoldError, StoreError
 from rankfold.layers import TiedHead, is_factorised
 from rankfold.train._batchnorm import batchnorms, reestimate_batchnorm
@@ -31,7 +29,7 @@ from rankfold.train._checkpoint import (
 )
 from rankfold.train._losses import Terms, combine, distillation_loss, logits_of, product_decay, task_loss
 from rankfold.train._recipe import Epoch, History, Recipe
-from rankfold.train._targets import unwrapped
+from rankfold.train.lowrank._targets import unwrapped
 
 STANDARD = Recipe()
 

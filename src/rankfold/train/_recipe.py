@@ -13,7 +13,7 @@ import torch
 
 from rankfold.errors import RankfoldError
 from rankfold.train._losses import Loss
-from rankfold.train._method import TrainingMethod
+from rankfold.train.lowrank._method import TrainingMethod
 
 Optimizer = Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]
 

@@ -1,0 +1,22 @@
+"""Latency: layers and whole models timed on the user's device, in a runtime, and a cache of what was measured."""
+
+from rankfold.latency._layers import time_layers
+from rankfold.latency._race import Latency, Timing, fastest_layout, steady_clock, time_models, using_threads
+from rankfold.latency._runtimes import RUNTIMES, Run, Runtime, eager, onnx_bytes, onnx_run, quiet_export
+
+__all__ = [
+    "Latency",
+    "RUNTIMES",
+    "Run",
+    "Runtime",
+    "Timing",
+    "eager",
+    "fastest_layout",
+    "onnx_bytes",
+    "onnx_run",
+    "quiet_export",
+    "steady_clock",
+    "time_layers",
+    "time_models",
+    "using_threads",
+]

@@ -1,0 +1,144 @@
+"""The closed table of runtimes: how a model is run, to time it or to check what an export wrote."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from rankfold._common import device_of, example_arguments, tensors_in, to_device
+from rankfold.errors import DataError, ExportError
+
+Run: TypeAlias = Callable[[], Any]
+Runtime: TypeAlias = Callable[[nn.Module, Any], Run]
+
+OPSET = 18
+LARGEST_ONNX = 2**31 - 1  # bytes of one protobuf message
+NEEDS_ONNX = "this needs the optional packages of ONNX: pip install 'rankfold[onnx]'"
+
+
+MACHINERY = r"(torch|onnx|onnxscript|onnx_ir)(\.|$)"
+STALE_WEIGHTS = r"The tensor attributes? .* assigned during export"  # recurrent layers tell themselves about a cache
+
+
+@contextmanager
+def quiet_export() -> Iterator[None]:
+    """Hide what the exporters say about their own code; warnings about the user's code pass."""
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+            warnings.filterwarnings("ignore", category=category, module=MACHINERY)
+        warnings.filterwarnings("ignore", message=STALE_WEIGHTS, category=UserWarning)
+        yield
+
+
+def onnx_bytes(model: nn.Module, example: Any, *, opset: int = OPSET) -> bytes:
+    """Return the ONNX form of a model, as it computes now (call it in eval mode), for the shapes of an example."""
+    args, kwargs = example_arguments(to_device(example, device_of(model)))
+    try:
+        with quiet_export():
+            program = torch.onnx.export(
+                model, args, kwargs=kwargs, dynamo=True, opset_version=opset, verbose=False, external_data=False
+            )
+    except ImportError as problem:
+        raise ExportError(f"{NEEDS_ONNX} ({problem})") from problem
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if program is None or size > LARGEST_ONNX:
+        raise ExportError(f"{size / 1e9:.1f} GB of weights do not fit into one .onnx file (2 GB): export to .pt2")
+    buffer = io.BytesIO()
+    program.save(buffer)  # type: ignore[arg-type]  # takes a buffer too
+    return buffer.getvalue()
+
+
+def onnx_run(source: bytes | str, example: Any) -> Run:
+    """Return a function that runs an ONNX model, from bytes or a path, on an example with ONNX Runtime."""
+    try:
+        import onnxruntime
+    except ImportError as problem:
+        raise ExportError(f"{NEEDS_ONNX} ({problem})") from problem
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that spin while they wait would slow down whatever is timed next to this model.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_inputs()]
+    inputs = [tensor.detach().cpu() for tensor in tensors_in(list(example_arguments(example)))]
+    if len(names) != len(inputs):
+        raise ExportError(
+            f"the ONNX model takes {len(names)} inputs ({', '.join(names)}), the example has {len(inputs)}"
+        )
+    try:
+        feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+    except TypeError as problem:
+        raise ExportError(f"ONNX Runtime cannot be fed this dtype: {problem}; use float32 or float16") from problem
+    return lambda: tuple(torch.from_numpy(output) for output in session.run(None, feed))
+
+
+def eager(model: nn.Module, example: Any) -> Run:
+    """Run a model as PyTorch does without any preparation."""
+    args, kwargs = example_arguments(to_device(example, device_of(model)))
+    return lambda: model(*args, **kwargs)
+
+
+def compiled(model: nn.Module, example: Any) -> Run:
+    """Run a model through `torch.compile` for the shapes of the example; the first call compiles."""
+    args, kwargs = example_arguments(to_device(example, device_of(model)))
+    program = torch.compile(model, dynamic=False)
+    return lambda: program(*args, **kwargs)
+
+
+def onnxruntime_cpu(model: nn.Module, example: Any) -> Run:
+    """Run the ONNX form of a model with ONNX Runtime on the CPU."""
+    return onnx_run(onnx_bytes(model, example), example)
+
+
+def onnxruntime_layer(layer: nn.Module, example: Any) -> Run:
+    """Run one layer with ONNX Runtime on the CPU, exported by tracing: the same nodes, and a hundred times as fast.
+
+    What tracing cannot export goes the way of whole models.
+    """
+    args, _ = example_arguments(to_device(example, device_of(layer)))
+    buffer = io.BytesIO()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it tells every caller that it is the older of two exporters
+            torch.onnx.export(layer, args, buffer, dynamo=False, opset_version=OPSET)  # type: ignore[arg-type]
+    except (ImportError, RuntimeError, TypeError, ValueError):
+        return onnxruntime_cpu(layer, example)
+    return onnx_run(buffer.getvalue(), example)
+
+
+RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
+    {"eager": eager, "compile": compiled, "onnxruntime": onnxruntime_cpu}
+)
+
+
+LAYER_RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
+    {
+        "eager": eager,
+        # a layer alone holds nothing to fuse, and what is compiled calls the same kernels: seconds saved per layer
+        "compile": eager,
+        "onnxruntime": onnxruntime_layer,
+    }
+)
+
+
+def layer_runtime_of(runtime: str | Runtime) -> Runtime:
+    """Return how single layers are timed for a runtime: what many short measurements can afford."""
+    prepare = runtime_of(runtime)
+    return LAYER_RUNTIMES[runtime] if isinstance(runtime, str) else prepare
+
+
+def runtime_of(runtime: str | Runtime) -> Runtime:
+    """Return the runtime of that name; a function is returned as it is."""
+    if callable(runtime):
+        return runtime
+    if runtime not in RUNTIMES:
+        raise DataError(f"there is no runtime {runtime!r}: choose from {', '.join(RUNTIMES)} or pass a function")
+    return RUNTIMES[runtime]

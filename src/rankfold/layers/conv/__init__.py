@@ -1,0 +1,1 @@
+"""Convolutions: SVD, CP and Tucker, and the order in which their stages are computed."""

@@ -1,0 +1,1 @@
+"""Layers that stand for a block: neurons with activation functions of their own."""

@@ -1,0 +1,335 @@
+"""Carry out a plan: a new model with other layers in place of those that the plan names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Executor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.errors import LayerError, PlanError, RankfoldError
+from rankfold.layers import (
+    FactorisedLayer,
+    LowRankEmbedding,
+    Metric,
+    TiedHead,
+    is_factorised,
+    layer_class,
+    refusal,
+    stock_twin,
+    untwinned,
+)
+from rankfold.planning import (
+    INITS,
+    TIED_METHODS,
+    Blocks,
+    Choice,
+    Init,
+    Plan,
+    block_modules,
+    check_stats,
+    fresh_block,
+    is_block,
+    layer_seed,
+    near,
+    planned_metric,
+    run,
+    solved_block,
+    stand_ins,
+    structural_refusals,
+    tied_heads,
+    without_values,
+)
+from rankfold.stats import Stats, walk
+from rankfold.surgery._attention import joined_attention, with_named_projections
+from rankfold.surgery._copies import copy_with
+from rankfold.surgery._huggingface import register, remember
+
+DENSE_TYPE = "_dense_type"  # the entry in a factorised layer of what it replaced, where that was no stock layer
+
+
+@dataclass(frozen=True, eq=False)
+class _Replacement:
+    """One layer to build; it holds all that a worker in another process needs."""
+
+    name: str
+    layer: nn.Module
+    cls: type[FactorisedLayer]
+    choice: Choice
+    init: Init
+    seed: int
+    metric: Metric | None
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    stats: Stats | None = None,
+    init: Init = "decompose",
+    seed: int = 0,
+    executor: Executor | None = None,
+    blocks: Blocks | None = None,
+) -> nn.Module:
+    """Return a new model with the plan's layers replaced; the model itself is not changed.
+
+    The plan is checked against the whole model before anything is built. Layers that the plan leaves dense
+    or doesn't name are copied. Where an embedding is replaced, the linear layer that has its very weight becomes its
+    `tied_head`. Weights that are replaced are never copied, and a module that occurs in
+    several places is replaced in all of them by one. Where a layer inside an `nn.TransformerEncoderLayer`
+    is replaced, the copy's fused inference path, which reads dense weights, is switched off. Where the plan names
+    a projection of an `nn.MultiheadAttention` ("attention.q_proj"), that attention is separated first, as
+    `separate_attention` does.
+
+    Args:
+        model: the model that the plan was made for, or one of the same shape.
+        plan: what becomes of each layer.
+        stats: what the plan was made from, where its metric is of anything but the weights.
+        init: "decompose" the weights, or draw them at "random" to train from scratch.
+        seed: seed of whatever is random in a decomposition or an initialisation; that of `plan` gives its errors.
+        executor: build layers in parallel in this executor's workers; the result is the same.
+        blocks: what the plan was made from, where it chose a layer for a block: a plan names it, and holds no values.
+
+    Raises:
+        PlanError: the plan doesn't fit the model, or the statistics don't or lack what its metric needs.
+        LayerError: a weight can't be decomposed, or the model can't be copied together with its new layers.
+
+    Example:
+        >>> import torch, rankfold
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> small = apply(model, rankfold.Plan({"0": rankfold.Choice("svd", rank=8)}))
+        >>> small[0].rank, model[0].weight.shape
+        (8, torch.Size([64, 64]))
+    """
+    if init not in INITS:
+        raise PlanError(f"init={init!r} is neither 'decompose' nor 'random'")
+    if blocks and init == "random":
+        raise PlanError("blocks= hold values that were found, and init='random' draws others: leave one of them out")
+    model = with_named_projections(model, plan.layers)
+    layers, heads = dict(walk(model)), tied_heads(model)
+    check_stats(layers, stats)
+    jobs = _checked(model, layers, heads, plan, init, seed, stats)
+    standing = _blocks(model, plan, blocks or {}, init, seed)
+    followers = {job.name: layers[heads[job.name]] for job in jobs if job.name in heads}
+    changed = {id(layers[job.name]) for job in jobs} | set(map(id, followers.values()))
+    _refuse_captured(model, changed | standing.keys())
+    built = run(_build, jobs, executor=executor, description="Building layers")
+    replaced: dict[int, Any] = dict(standing)
+    for job, new in zip(jobs, built, strict=True):
+        replaced[id(layers[job.name])] = new
+        if type(layers[job.name]) is not type(job.layer):
+            vars(new)[DENSE_TYPE] = type(layers[job.name])
+        if job.name in followers:
+            replaced |= _following(new, followers[job.name], job)
+    small = copy_with(model, replaced)
+    if remember(small):
+        with suppress(RankfoldError):  # an old version of transformers, which `rankfold.hub` would speak of
+            register(partial(apply, init="random"))
+    return small
+
+
+def replace_block(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
+    """Return a new model in which one layer stands for the block "first:last"; the model itself is not changed.
+
+    The layer takes the place of the first module, and identities that of the others.
+
+    Raises:
+        PlanError: the model has no such block.
+        LayerError: the model can't be copied together with its new layer.
+    """
+    new = stand_ins(model, name, layer)
+    _refuse_captured(model, set(new))
+    return copy_with(model, new)
+
+
+def densify(model: nn.Module, *, methods: str | Collection[str] = ()) -> nn.Module:
+    """Return a new model in which every factorised layer is the stock layer that computes the same function.
+
+    The head of a low-rank embedding (`LowRankEmbedding.tied_head`) becomes an `nn.Linear` tied to the embedding's
+    weight, a separated attention an `nn.MultiheadAttention`, and what was a Conv1D of Hugging Face is one again. The
+    model itself is not changed.
+
+    Args:
+        model: any module.
+        methods: the methods whose layers become dense again, such as "svd_form"; all of them if empty.
+
+    Raises:
+        LayerError: the model can't be copied together with its new layers.
+
+    Example:
+        >>> import torch, rankfold
+        >>> small = torch.nn.Sequential(rankfold.layers.LowRankLinear(64, 64, rank=8))
+        >>> type(densify(small)[0]).__name__
+        'Linear'
+    """
+    wanted = (methods,) if isinstance(methods, str) else methods
+    found = [layer for _, layer in walk(model) if is_factorised(layer)]
+    dense: dict[int, Any] = {id(layer): _dense(layer) for layer in found if not wanted or layer.method in wanted}
+    tables = {id(m.down): dense[id(m)] for m in model.modules() if isinstance(m, LowRankEmbedding) and id(m) in dense}
+    for head in [module for module in model.modules() if isinstance(module, TiedHead)]:
+        if id(head.down) in tables or not wanted:
+            new: Any = _dense(head)
+            if id(head.down) in tables:
+                new.weight = tables[id(head.down)].weight
+            dense |= {id(head): new} | _bias_of(head, new)
+    copied = copy_with(model, dense)
+    return copied if wanted else joined_attention(copied)
+
+
+def _following(embedding: Any, head: Any, job: _Replacement) -> dict[int, Any]:
+    """Return what takes the place of the head of an embedding, and of its bias wherever else that is held."""
+    bias: Any = False
+    if head.bias is not None:
+        bias = True if job.init == "random" else _corrected(head, embedding, job.metric)
+    new = embedding.tied_head(bias).train(head.training)
+    if head.bias is not None:
+        new.bias.requires_grad_(head.bias.requires_grad)
+    return {id(head): new} | _bias_of(head, new)
+
+
+def _corrected(head: Any, embedding: Any, metric: Metric | None) -> Tensor:
+    """Return the bias `b + (W - W') E[x]` of a head for the table W' of an embedding; b where E[x] is not known."""
+    bias: Tensor = head.bias.detach()
+    if metric is None:
+        return bias
+    wide = torch.promote_types(bias.dtype, torch.float32)
+    mean = metric.mean[0].to(bias.device, wide)
+    down, up = (stage.weight.detach().to(wide) for stage in (embedding.down, embedding.up))
+    change: Tensor = head.weight.detach().to(wide) @ mean - down @ (up.T @ mean)
+    return (bias.to(wide) + change).to(bias.dtype)
+
+
+def _bias_of(head: Any, new: Any) -> dict[int, Any]:
+    """Return the new bias for the old one: other modules may hold it too, as the heads of BERT do."""
+    return {} if head.bias is None else {id(head.bias): new.bias}
+
+
+def _dense(layer: nn.Module) -> nn.Module:
+    twin: nn.Module = layer.to_dense()  # type: ignore[operator]
+    return untwinned(twin.train(layer.training), vars(layer).get(DENSE_TYPE, type(twin)))
+
+
+def _checked(  # noqa: PLR0913
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    heads: Mapping[str, str],
+    plan: Plan,
+    init: Init,
+    seed: int,
+    stats: Stats | None,
+) -> list[_Replacement]:
+    """Return what there is to build, once the whole plan is known to fit the model."""
+    refused = _refused(model, layers, heads, init)
+    jobs = []
+    for name, choice in plan.layers.items():
+        if is_block(choice):
+            continue
+        if name not in layers:
+            raise PlanError(f"the plan names a layer {name!r} that the model doesn't have{near(name, layers)}")
+        if choice.method == "dense":
+            continue
+        layer = layers[name]
+        reason = refused.get(name) or _unfit(layer, init)
+        if reason:
+            raise PlanError(f"layer {name!r} ({type(layer).__name__}) can't be replaced: {reason}")
+        head = heads.get(name)
+        if head is not None and choice.method not in TIED_METHODS:
+            known = " or ".join(TIED_METHODS)
+            raise PlanError(f"layer {name!r} is tied with {head!r}: {known} can replace both, {choice.method!r} can't")
+        metric = planned_metric(plan, name, stats, layers, head) if init == "decompose" else None
+        jobs.append(_checked_job(name, layer, choice, init, seed, metric))
+    return jobs
+
+
+def _refused(model: nn.Module, layers: Mapping[str, nn.Module], heads: Mapping[str, str], init: Init) -> dict[str, str]:
+    """Return why some layers can't be replaced; an embedding with a tied head can where both layers can."""
+    refused = structural_refusals(model)
+    for embedding, head in heads.items():
+        unfit = _unfit(layers[head], init)
+        refused[head] = f"weight is tied with {embedding!r}, whose choice stands for both: leave this one dense"
+        if unfit:
+            refused[embedding] = f"weight is tied with {head!r}, and there {unfit}"
+        else:
+            del refused[embedding]
+    return refused
+
+
+def _blocks(model: nn.Module, plan: Plan, blocks: Blocks, init: Init, seed: int) -> dict[int, nn.Module]:
+    """Return what takes the place of each module of the plan's blocks, by id."""
+    replaced: dict[int, nn.Module] = {}
+    for name, choice in plan.layers.items():
+        if not is_block(choice):
+            continue
+        block = block_modules(model, name)
+        planned = [key for key in block if key in plan.layers and plan.layers[key].method != "dense"]
+        if planned or replaced.keys() & {id(module) for module in block.values()}:
+            raise PlanError(f"block {name!r}: the plan replaces one of its modules twice: leave it out once")
+        layer: Any = fresh_block(model, name, choice) if init == "random" else solved_block(model, name, choice, blocks)
+        if init == "random":
+            layer.reset_parameters(torch.Generator().manual_seed(layer_seed(name, seed)))
+        replaced |= stand_ins(model, name, layer)
+    return replaced
+
+
+def _unfit(layer: nn.Module, init: Init) -> str | None:
+    """Return why a layer on its own can't be replaced; a random initialisation doesn't look at its values."""
+    if init == "random":
+        return refusal(without_values(layer))
+    if any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
+        return "its weight is on the meta device and has no values: use init='random'"
+    return refusal(layer)
+
+
+def _checked_job(
+    name: str, layer: nn.Module, choice: Choice, init: Init, seed: int, metric: Metric | None
+) -> _Replacement:
+    try:
+        dense = stock_twin(layer)
+        cls = layer_class(dense, choice.method)
+        full = cls.full_rank(dense, **choice.options)
+        _check_rank(choice.rank, full)
+    except (TypeError, RankfoldError) as error:
+        raise PlanError(f"layer {name!r} ({type(layer).__name__}) and the plan: {error}") from error
+    return _Replacement(name, dense, cls, choice, init, layer_seed(name, seed), metric)
+
+
+def _check_rank(rank: Any, full: Any) -> None:
+    ranks, limits = (value if isinstance(value, tuple) else (value,) for value in (rank, full))
+    if isinstance(rank, tuple) != isinstance(full, tuple) or len(ranks) != len(limits):
+        raise PlanError(f"rank {rank!r} has another form than the full rank {full!r}")
+    if any(given > limit for given, limit in zip(ranks, limits, strict=True)):
+        raise PlanError(f"rank {rank!r} is beyond the full rank {full!r}: choose one up to it, or leave it dense")
+
+
+def _build(job: _Replacement) -> nn.Module:
+    make: Any = job.cls.from_dense if job.init == "decompose" else job.cls.like
+    measured = {} if job.metric is None else {"metric": job.metric}
+    try:
+        new: nn.Module = make(job.layer, rank=job.choice.rank, seed=job.seed, **measured, **job.choice.options)
+    except RankfoldError as error:
+        raise LayerError(f"layer {job.name!r} ({type(job.layer).__name__}): {error}") from error
+    return new.train(job.layer.training)
+
+
+def _refuse_captured(model: nn.Module, replaced: set[int]) -> None:
+    """Raise where a function kept on a module holds layers to be replaced: no copy of the model changes those."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if any(id(m) in replaced for captured in _captured(value) for m in captured.modules()):
+                raise LayerError(
+                    f"{f'{name}.{key}' if name else key} is a function that holds layers of this model, and a copy's "
+                    "would still call these: make it a method, or exclude the layers that it calls"
+                )
+
+
+def _captured(value: Any) -> Iterator[nn.Module]:
+    """Yield the modules in the closure of a function; nothing for any other value."""
+    for cell in getattr(value, "__closure__", None) or ():
+        with suppress(ValueError):  # a cell that was not filled yet
+            if isinstance(cell.cell_contents, nn.Module):
+                yield cell.cell_contents

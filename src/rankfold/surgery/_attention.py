@@ -1,0 +1,90 @@
+"""Attention with packed projections made into layers that a plan can name, and back."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+
+from torch import nn
+
+from rankfold.errors import LayerError
+from rankfold.layers import PROJECTIONS, SeparateAttention
+from rankfold.planning import selected
+from rankfold.surgery._copies import copy_with
+
+
+def separate_attention(
+    model: nn.Module, *, include: str | Sequence[str] = (), exclude: str | Sequence[str] = ()
+) -> nn.Module:
+    """Return a new model in which each `nn.MultiheadAttention` has its projections as layers; the same function.
+
+    The attention "attention" becomes a `rankfold.layers.SeparateAttention` with the layers "attention.q_proj",
+    "attention.k_proj", "attention.v_proj" and "attention.out_proj", which `measure`, `plan` and `compress` then see as
+    any other. It is called with the same arguments. The stock transformer layers no longer take their fused inference
+    path, which reads the packed weight. A plan that names these layers can be applied to the model as it was
+    too, and `load` takes that one as its skeleton; `densify` makes `nn.MultiheadAttention` of them again.
+
+    Args:
+        model: any module; it is not changed.
+        include: names or patterns (`*`, `?`) of the only attentions to separate; all of them if empty.
+        exclude: names or patterns of attentions to leave as they are.
+
+    Raises:
+        PlanError: a name or pattern matches no `nn.MultiheadAttention`.
+        LayerError: an attention is a subclass, has hooks, is parametrised, or shares a weight with another module.
+
+    Example:
+        >>> import torch, rankfold
+        >>> model = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        >>> separate = separate_attention(model)
+        >>> list(rankfold.measure(separate, example=torch.ones(1, 5, 32)).layers)[:2]
+        ['self_attn.q_proj', 'self_attn.k_proj']
+    """
+    found = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    chosen = (selected(found, include) if include else set(found)) - selected(found, exclude)
+    return copy_with(model, _separated(model, chosen))
+
+
+def with_named_projections(model: nn.Module, names: Collection[str]) -> nn.Module:
+    """Return the model with those attentions separated of which a projection is named; itself where there is none.
+
+    The new model holds the parameters of the old one, but for those of the separated attentions.
+
+    Raises:
+        LayerError: as `separate_attention` does.
+    """
+    attentions = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    chosen = {name for name in attentions if any(_joined(name, part) in names for part in PROJECTIONS)}
+    return copy_with(model, _separated(model, chosen), shared=True) if chosen else model
+
+
+def joined_attention(model: nn.Module) -> nn.Module:
+    """Return the model with `nn.MultiheadAttention` for each separated one that is dense; itself where there is none.
+
+    The new model holds the parameters of the old one, but for those of the joined attentions.
+    """
+    separate = [module for module in model.modules() if isinstance(module, SeparateAttention) and module.is_dense]
+    return copy_with(model, {id(module): module.to_dense() for module in separate}, shared=True) if separate else model
+
+
+def _separated(model: nn.Module, names: Collection[str]) -> dict[int, nn.Module]:
+    """Return what takes the place of the named attentions, by id."""
+    owners = defaultdict(set)
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].add(name)
+    separated: dict[int, nn.Module] = {}
+    for name in sorted(names):
+        attention = model.get_submodule(name)
+        shared = set().union(*(owners[id(p)] for p in attention.parameters())) - {name, _joined(name, "out_proj")}
+        try:
+            if shared:
+                raise LayerError(f"a weight of it is shared with {sorted(shared)[0]!r}")
+            separated[id(attention)] = SeparateAttention.from_dense(attention)
+        except LayerError as error:
+            raise LayerError(f"attention {name!r}: {error}; exclude it, to leave it as it is") from error
+    return separated
+
+
+def _joined(name: str, part: str) -> str:
+    return f"{name}.{part}" if name else part

@@ -1,0 +1,1 @@
+"""Flexible activations: a block of a network decoupled into one flexible layer."""

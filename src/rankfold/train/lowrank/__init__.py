@@ -1,0 +1,1 @@
+"""Training towards low rank: SVD training and its relatives, on one interface."""

@@ -1,0 +1,74 @@
+"""The table of training methods by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from rankfold.errors import RankfoldError
+from rankfold.train.lowrank._cuttlefish import Cuttlefish
+from rankfold.train.lowrank._dlrt import DLRT
+from rankfold.train.lowrank._lc import LC
+from rankfold.train.lowrank._method import TrainingMethod
+from rankfold.train.lowrank._nuclear import NuclearNorm
+from rankfold.train.lowrank._pufferfish import Pufferfish
+from rankfold.train.lowrank._svd_form import svd_form
+from rankfold.train.lowrank._svd_training import SVDTraining
+from rankfold.train.lowrank._targets import Patterns
+from rankfold.train.lowrank._trp import TRP
+
+METHODS: Mapping[str, type[TrainingMethod]] = MappingProxyType(
+    {
+        "svd": SVDTraining,
+        "trp": TRP,
+        "nuclear": NuclearNorm,
+        "pufferfish": Pufferfish,
+        "cuttlefish": Cuttlefish,
+        "dlrt": DLRT,
+        "lc": LC,
+    }
+)
+
+
+def training_method(
+    name: str,
+    model: nn.Module,
+    *,
+    split: str = "spatial",
+    include: Patterns = (),
+    exclude: Patterns = (),
+    **options: Any,
+) -> TrainingMethod:
+    """Return a training method by its name, on a dense model; train its `.model`, which "svd" makes anew.
+
+    Args:
+        name: "svd", "trp", "nuclear", "pufferfish", "cuttlefish", "dlrt" or "lc".
+        model: a dense model. All but "svd" train it in place.
+        split: how kernels are split, "spatial" or "channel".
+        include: names or patterns of the only layers to work on; all of them if empty.
+        exclude: names or patterns of layers to leave alone.
+        options: what the class of the method takes beside these.
+
+    Raises:
+        RankfoldError: an unknown name, or an option that the method has not.
+        LayerError: no layer can be trained for low rank.
+
+    Example:
+        >>> run = training_method("svd", nn.Sequential(nn.Linear(8, 8)), kind="l1")
+        >>> type(run).__name__, type(run.model[0]).__name__
+        ('SVDTraining', 'SVDLinear')
+    """
+    if name not in METHODS:
+        raise RankfoldError(f"method {name!r} is not known: take one of {', '.join(METHODS)}")
+    places: dict[str, Any] = {"split": split, "include": include, "exclude": exclude}
+    if name == "svd":
+        model, places = svd_form(model, **places)[0], {}
+    build: Any = METHODS[name]
+    try:
+        run: TrainingMethod = build(model, **places, **options)
+    except TypeError as problem:
+        raise RankfoldError(f"method {name!r}: {problem}") from problem
+    return run

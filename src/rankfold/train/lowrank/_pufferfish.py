@@ -1,0 +1,79 @@
+"""Pufferfish: dense warm-up, then low-rank layers of one share of the full rank."""
+
+from __future__ import annotations
+
+import math
+from typing import final
+
+from torch import nn
+
+from rankfold.errors import LayerError, RankfoldError
+from rankfold.train.lowrank._dense_method import DenseMethod
+from rankfold.train.lowrank._targets import Patterns, checked_count, checked_share
+
+
+@final
+class Pufferfish(DenseMethod):
+    """Train a dense model for some epochs, then factorise all but its first and last layers at a share of full rank.
+
+    Nothing is added to the loss. `finished` says when the warm-up is over; `prune()` then gives the low-rank model to
+    train on, with each weight as U sqrt(S) and sqrt(S) Vᵀ.
+
+    Args:
+        model: a dense model; it is trained in place.
+        warmup: epochs before the switch.
+        share: of the full rank, 0 < x <= 1.
+        first: how many of the first layers stay dense.
+        last: how many of the last layers stay dense.
+        split: how kernels are split, "spatial" or "channel".
+        include: names or patterns of the only layers to work on; all of them if empty.
+        exclude: names or patterns of layers to leave alone.
+
+    Raises:
+        LayerError: no layer can be trained for low rank.
+        RankfoldError: a value out of its range.
+
+    Reference:
+        Wang, Agarwal and Papailiopoulos 2021, Pufferfish: communication-efficient models at no extra cost.
+
+    Example:
+        >>> run = Pufferfish(nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))), warmup=1)
+        >>> run.epoch()
+        >>> small, _ = run.prune()
+        >>> run.finished, small[1].rank, type(small[0]).__name__
+        (True, 4, 'Linear')
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        model: nn.Module,
+        *,
+        warmup: int = 5,
+        share: float = 0.25,
+        first: int = 1,
+        last: int = 1,
+        split: str = "spatial",
+        include: Patterns = (),
+        exclude: Patterns = (),
+    ) -> None:
+        self.warmup = checked_count("warmup", warmup)
+        self.share = checked_share("share", share)
+        super().__init__(model, split, include, exclude)
+        if type(first) is not int or type(last) is not int or min(first, last) < 0:
+            raise RankfoldError(f"first and last are whole numbers >= 0, not {first!r} and {last!r}")
+        names = list(self.options)[first : len(self.options) - last]
+        if not names:
+            raise LayerError(
+                f"of {len(self.options)} layers the first {first} and the last {last} stay dense: none is left"
+            )
+        self.options = {name: self.options[name] for name in names}
+        self.layers = {name: self.layers[name] for name in names}
+
+    @property
+    def finished(self) -> bool:
+        """Whether the warm-up is over."""
+        return self.epochs >= self.warmup
+
+    def _own_ranks(self) -> dict[str, int]:
+        """Return the share of each layer's full rank, rounded up."""
+        return {name: max(1, math.ceil(self.share * self.full_rank(name))) for name in self.layers}

@@ -1,0 +1,96 @@
+"""The optimiser after a surgery: the same settings on the new parameters, and a warm restart."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from rankfold.errors import RankfoldError
+from rankfold.train.lowrank._targets import checked_count, unwrapped
+
+
+def restarted(
+    optimizer: torch.optim.Optimizer, before: nn.Module, after: nn.Module, *, warmup: int = 100
+) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """Return an optimiser of the same kind for a model that was made from another, and the schedule of its restart.
+
+    A parameter goes to the group that held the parameter of the same name in the model before, one of a replaced layer
+    to the group of that layer's weight. What the optimiser remembers (momentum, second moments) is taken over for
+    parameters whose values are those of before and begins anew for all others, which is why the learning rate rises
+    linearly over the first steps.
+
+    Args:
+        optimizer: of the model before; it isn't changed.
+        before: the model that it trained.
+        after: the new model, such as `prune` returns.
+        warmup: steps over which the learning rate rises to that of now.
+
+    Returns:
+        The optimiser, and a scheduler to step after each of its steps.
+
+    Raises:
+        RankfoldError: the optimiser trains no parameter of the model before.
+
+    Example:
+        >>> import rankfold as rf
+        >>> form, _ = rf.train.svd_form(nn.Sequential(nn.Linear(16, 16)))
+        >>> optimizer = torch.optim.SGD(form.parameters(), lr=0.1, momentum=0.9)
+        >>> small, _ = rf.train.SVDTraining(form).prune(budget=rf.Budget(params=0.5))
+        >>> optimizer, schedule = restarted(optimizer, form, small, warmup=10)
+        >>> round(optimizer.param_groups[0]["lr"], 6), optimizer.param_groups[0]["momentum"]
+        (0.01, 0.9)
+    """
+    checked_count("warmup", warmup)
+    owners = {id(p): k for k, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    old = {name: p for name, p in unwrapped(before).named_parameters() if id(p) in owners}
+    if not old:
+        raise RankfoldError(
+            "the optimiser trains no parameter of the model before: pass the model that it was made for"
+        )
+    groups: list[dict[str, Any]] = [
+        {**{key: value for key, value in group.items() if key not in ("params", "initial_lr")}, "params": []}
+        for group in optimizer.param_groups
+    ]
+    same: dict[nn.Parameter, nn.Parameter] = {}
+    for name, parameter in unwrapped(after).named_parameters():
+        if not parameter.requires_grad:
+            continue
+        source = _source(name, old)
+        groups[owners[id(old[source])]]["params"].append(parameter)
+        if torch.equal(old[source], parameter):
+            same[parameter] = old[source]
+    fresh = _like(optimizer, [group for group in groups if group["params"]])
+    for parameter, twin in same.items():
+        if twin in optimizer.state:
+            fresh.state[parameter] = {
+                key: value.clone() if isinstance(value, torch.Tensor) else value
+                for key, value in optimizer.state[twin].items()
+            }
+    return fresh, LambdaLR(fresh, lambda step: min(1.0, (step + 1) / warmup))
+
+
+def _like(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return an optimiser of the same class and defaults; some keep defaults that their class does not take."""
+    kind: Any = type(optimizer)
+    taken = inspect.signature(kind).parameters
+    fresh: torch.optim.Optimizer = kind(groups, **{k: v for k, v in optimizer.defaults.items() if k in taken})
+    return fresh
+
+
+def _source(name: str, old: dict[str, nn.Parameter]) -> str:
+    """Return the name of the old parameter whose group a new one joins: the longest common beginning, in parts."""
+    parts = name.split(".")
+
+    def likeness(other: str) -> tuple[int, bool]:
+        common = 0
+        for mine, theirs in zip(parts, other.split("."), strict=False):
+            if mine != theirs:
+                break
+            common += 1
+        return common, other.rpartition(".")[2] == parts[-1]
+
+    return name if name in old else max(old, key=likeness)

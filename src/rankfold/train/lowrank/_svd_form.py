@@ -1,0 +1,71 @@
+"""A model in SVD form: every layer U diag(s) Vᵀ, to be trained until most of s is gone."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from rankfold.layers import layer_class, stock_twin
+from rankfold.planning import Choice, Plan
+from rankfold.stats import count_params, walk
+from rankfold.surgery import apply
+from rankfold.train.lowrank._targets import FORM, Patterns, targets
+
+
+def svd_form(
+    model: nn.Module,
+    split: str = "spatial",
+    *,
+    include: Patterns = (),
+    exclude: Patterns = (),
+    init: Literal["decompose", "random"] = "decompose",
+    seed: int = 0,
+) -> tuple[nn.Module, Plan]:
+    """Return a new model with its layers in SVD form at full rank, and the plan that saves and loads it.
+
+    Each weight becomes U diag(s) Vᵀ with s a parameter: with `init="decompose"` the output is that of the model up to
+    rounding. Train it with `SVDTraining`, which keeps U and V orthonormal and makes s sparse, then prune. In this form
+    a model has two to three times the parameters; it is a form to train in.
+
+    Args:
+        model: any module; its Linear layers and convolutions that can be replaced are.
+        split: "spatial", a kernel (kh, kw) as (kh, 1) and (1, kw), or "channel", as (kh, kw) and 1 x 1. Kernels that
+            extend along one axis, and Linear layers, have one form only.
+        include: names or patterns (`*`, `?`) of the only layers to change; all of them if empty.
+        exclude: names or patterns of layers to leave as they are.
+        init: "decompose" the weights, or start from fresh ones: "random".
+        seed: seed of the fresh weights.
+
+    Returns:
+        The model, and a plan that names every layer; layers that stay dense have their reason in it.
+
+    Raises:
+        LayerError: no layer can be changed, or a weight holds NaN or Inf.
+        PlanError: a pattern matches no layer.
+
+    Reference:
+        Yang et al. 2020, Learning low-rank deep neural networks via singular vector orthogonality regularization and
+        singular value sparsification, section 3.1.
+
+    Example:
+        >>> import torch, rankfold as rf
+        >>> model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), torch.randn(1, 3, 8, 8)
+        >>> form, plan = svd_form(model)
+        >>> form[2].rank, torch.allclose(form(x), model(x), atol=1e-5)
+        (24, True)
+    """
+    options, reasons = targets(model, split, include, exclude)
+    choices = {}
+    for name, layer in walk(model):
+        params = count_params(layer)
+        choices[name] = Choice("dense", params=params, dense_params=params, reason=reasons.get(name, ""))
+        if name in options:
+            dense = stock_twin(layer)
+            cls = layer_class(dense, FORM)
+            rank = cls.full_rank(dense, **options[name])
+            cost = cls.cost(dense, (), rank=rank, **options[name])
+            error = 0.0 if init == "decompose" else None
+            choices[name] = Choice(FORM, rank, options[name], cost.params, error=error, dense_params=params)
+    plan = Plan(choices, dense_params=count_params(model))
+    return apply(model, plan, init=init, seed=seed), plan

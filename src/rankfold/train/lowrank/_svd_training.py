@@ -1,0 +1,148 @@
+"""SVD training: orthonormal factors by a penalty, sparse singular values by another, ranks without a single SVD."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.errors import LayerError, RankfoldError
+from rankfold.planning import Plan
+from rankfold.surgery import apply, densify
+from rankfold.train.lowrank._method import TrainingMethod
+from rankfold.train.lowrank._penalties import KINDS, orthogonality, sparsity
+from rankfold.train.lowrank._targets import FORM, checked_amount, forms_of, unwrapped
+
+RETRACTION = "retraction"
+
+
+def _constant(_: int) -> float:
+    return 1.0
+
+
+SCHEDULES: Mapping[str, Callable[[int], float]] = MappingProxyType({"constant": _constant})
+
+
+@final
+class SVDTraining(TrainingMethod):
+    """Train a model in SVD form: `loss + penalty()`, with singular values that die out one after the other.
+
+    The penalty is λo sum_l [D(U_l) + D(V_l)] + λs f(step) sum_l S(s_l) over the layers l in SVD form, with
+    `D(U) = ||UᵀU - I||² / r²` and S one of::
+
+        hoyer         |s|_1 / |s|_2 - 1,         the same at every scale of s
+        l1            |s|_1,                     shrinks the values that stay, too
+        hoyer_square  |s|_1² / |s|_2² - 1,       the same at every scale of s
+
+    Orthonormal factors make `abs(s)` the singular values of the weight; without them a penalty on s is escaped by
+    larger U and V. A BatchNorm behind a layer undoes its scale: there L1 can be had for nothing by shrinking all of s,
+    and the Hoyer measures can not.
+
+    Args:
+        model: a model with layers in SVD form: see `svd_form`. May be wrapped by DistributedDataParallel.
+        orthogonality: λo, or "retraction": no penalty, but U and V made orthonormal by a QR after each step, the exact
+            alternative.
+        sparsity: λs; 0 trains the form as it is.
+        kind: "hoyer", "l1" or "hoyer_square".
+        schedule: "constant", or a function from the number of steps taken to the factor f of the sparsity.
+
+    Raises:
+        LayerError: the model has no layer in SVD form.
+        RankfoldError: an unknown kind or schedule, or a weight below 0.
+
+    Reference:
+        Yang et al. 2020, section 3.
+
+    Example:
+        >>> import rankfold as rf
+        >>> form, _ = rf.train.svd_form(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)))
+        >>> run = SVDTraining(form, sparsity=0.1, kind="hoyer")
+        >>> run.penalty().shape, len(run.spectrum()["0"])
+        (torch.Size([]), 16)
+        >>> small, plan = run.prune(budget=rf.Budget(params=0.5))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        orthogonality: float | str = 1.0,
+        sparsity: float = 0.1,
+        kind: str = "hoyer",
+        schedule: str | Callable[[int], float] = "constant",
+    ) -> None:
+        if kind not in KINDS:
+            raise RankfoldError(f"kind={kind!r} is not known: take one of {', '.join(KINDS)}")
+        if not callable(schedule) and schedule not in SCHEDULES:
+            raise RankfoldError(f"schedule={schedule!r} is not known: take 'constant' or a function of the step")
+        if isinstance(orthogonality, str) and orthogonality != RETRACTION:
+            raise RankfoldError(f"orthogonality={orthogonality!r} is neither a weight nor {RETRACTION!r}")
+        found = forms_of(unwrapped(model))
+        if not found:
+            raise LayerError(
+                f"{type(unwrapped(model)).__name__} has no layer in SVD form: make one with rankfold.train.svd_form"
+            )
+        super().__init__(model, found)
+        self._retracts = orthogonality == RETRACTION
+        self.orthogonality = 0.0 if self._retracts else checked_amount("orthogonality", orthogonality)
+        self.sparsity = checked_amount("sparsity", sparsity)
+        self.kind = kind
+        self.schedule = schedule if callable(schedule) else SCHEDULES[schedule]
+        if self._retracts:
+            self._retract()
+
+    def terms(self) -> dict[str, Tensor]:
+        """Return the weighted terms "orthogonality" and "sparsity", computed in float32 also under autocast."""
+        triplets = [layer.triplets() for layer in self.layers.values()]
+        strength = self.sparsity * self.schedule(self.steps)
+        terms = {}
+        with torch.autocast(triplets[0][1].device.type, enabled=False):
+            if self.orthogonality:
+                factors = [factor for left, _, right in triplets for factor in (left, right.mT)]
+                terms["orthogonality"] = self.orthogonality * orthogonality(factors)
+            if strength:
+                terms["sparsity"] = strength * sparsity([values for _, values, _ in triplets], self.kind)
+        return terms
+
+    def dense(self) -> nn.Module:
+        """Return a copy of the model with stock layers in place of those in SVD form."""
+        return densify(unwrapped(self.model), methods=FORM)
+
+    def prune_by_values(self, plan: Plan) -> nn.Module:
+        """Return the model of a plan with each layer cut to its largest `abs(s)` instead of by an SVD of its weight.
+
+        This is the paper's own way. It is as good as `prune` where U and V are orthonormal, and shows what is lost
+        where they are not.
+        """
+        small = apply(self.dense(), plan)
+        for name, choice in plan.layers.items():
+            if choice.method == "svd" and name in self.layers:
+                cut = self.layers[name].truncated(choice.rank)
+                small.get_submodule(name).load_state_dict(cut.state_dict())
+        return small
+
+    def _values(self) -> dict[str, Tensor]:
+        return {name: layer.triplets()[1] for name, layer in self.layers.items()}
+
+    def _after_step(self) -> None:
+        if self._retracts:
+            self._retract()
+
+    @torch.no_grad()
+    def _retract(self) -> None:
+        """Replace U and V by the orthonormal factor of their QR decompositions, columns of the same direction."""
+        for layer in self.layers.values():
+            left, values, right = layer.triplets()
+            layer.write_triplets(_orthonormal(left), values, _orthonormal(right.mT).mT)
+
+
+def _orthonormal(matrices: Tensor) -> Tensor:
+    """Return Q of the QR decomposition in which R has a positive diagonal, in float32 or wider."""
+    wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
+    factor, triangle = torch.linalg.qr(wide)
+    signs: Tensor = triangle.diagonal(dim1=-2, dim2=-1).sign()
+    q: Tensor = factor
+    return q * torch.where(signs == 0, torch.ones_like(signs), signs)[:, None, :]
