@@ -3,8 +3,8 @@
 from rankfold import decompose, layers, ranks, spectrum, train
 from rankfold.errors import BudgetError, RankfoldError
 from rankfold.exporters import export
-from rankfold.pipeline import compress, search
-from rankfold.planning import Budget, Choice, Plan, plan
+from rankfold.pipeline import compress, plan, search
+from rankfold.planning import Budget, Choice, Plan, Planning
 from rankfold.recalibration import recalibrate
 from rankfold.reports import Report, report
 from rankfold.stats import Stats, measure
@@ -16,6 +16,7 @@ __all__ = [
     "BudgetError",
     "Choice",
     "Plan",
+    "Planning",
     "RankfoldError",
     "Report",
     "Stats",

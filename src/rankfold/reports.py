@@ -288,8 +288,8 @@ def _conditions_of(
         found["batch"] = stats["before"].batch_size
     for time in times.values():
         found |= {"runtime": time.runtime, "threads": time.threads, "rounds": len(time.seconds)}
-    if plan.latency and plan.dense_latency:
-        found["promised latency"] = f"{plan.latency / plan.dense_latency:.1%} of dense"
+    if plan.latency and plan.dense.latency:
+        found["promised latency"] = f"{plan.latency / plan.dense.latency:.1%} of dense"
     found["metric"] = plan.metric
     return MappingProxyType(found)
 

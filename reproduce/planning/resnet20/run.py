@@ -92,11 +92,13 @@ class Study(Experiment):
             self.dense,
             quantities="macs",
             stats=self.stats,
-            methods=METHODS[setting.method],
-            rule=setting.rule,
-            metric=setting.metric,
-            objective="squares" if calibrated else setting.objective,
-            seed=SEED,
+            planning=rf.Planning(
+                methods=METHODS[setting.method],
+                rule=setting.rule,
+                metric=setting.metric,
+                objective="squares" if calibrated else setting.objective,
+                seed=SEED,
+            ),
         )
         return calibrate(found, self.dense, self.calibration[:2], stats=self.stats) if calibrated else found
 
@@ -128,9 +130,9 @@ def untrained(run: Study, setting: Setting, budget: float, found: Candidates) ->
     small = rf.apply(run.dense, plan, stats=run.stats, seed=SEED)
     row |= {
         "macs": plan.macs,
-        "macs_kept": plan.macs / plan.dense_macs,
+        "macs_kept": plan.macs / plan.dense.macs,
         "params": plan.params,
-        "params_kept": plan.params / plan.dense_params,
+        "params_kept": plan.params / plan.dense.params,
         "predicted": plan.output_error,
         "used": dict(Counter(label(choice) for choice in plan.layers.values())),
         "seconds": {"apply": time.perf_counter() - start},

@@ -3,15 +3,7 @@
 from rankfold.pipeline._compress import compress
 from rankfold.pipeline._damage import calibrate
 from rankfold.pipeline._latency_check import plan_in_time
-from rankfold.pipeline._search import SearchResult, search
-from rankfold.pipeline._steps import Data, planner
+from rankfold.pipeline._plan import plan
+from rankfold.pipeline._search import SearchResult, Step, search
 
-__all__ = [
-    "Data",
-    "SearchResult",
-    "calibrate",
-    "compress",
-    "plan_in_time",
-    "planner",
-    "search",
-]
+__all__ = ["SearchResult", "Step", "calibrate", "compress", "plan", "plan_in_time", "search"]

@@ -76,7 +76,7 @@ def _closest(candidates: Candidates, budget: Budget, cheapest: Plan | None) -> P
     """Return the best plan within a hair of the least latency that the layers can promise, or else the dense one."""
     if cheapest is None or cheapest.latency is None or excess(cheapest) != {"latency"}:
         return candidates.whole
-    share = min(1.0, LATE * cheapest.latency / (cheapest.dense_latency or 1.0))
+    share = min(1.0, LATE * cheapest.latency / (cheapest.dense.latency or 1.0))
     return replace(candidates.plan(replace(budget, latency=share)), budget=budget)
 
 
@@ -102,7 +102,7 @@ def _kept(plan: Plan) -> float:
 
 def _promised(plan: Plan) -> float:
     """Return the share of the dense time that the layers of a plan promise to save."""
-    return 1 - (plan.latency or 0.0) / (plan.dense_latency or 1.0)
+    return 1 - (plan.latency or 0.0) / (plan.dense.latency or 1.0)
 
 
 def _correction(savings: Sequence[tuple[float, float]], wanted: float) -> float:
