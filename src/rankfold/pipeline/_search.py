@@ -135,7 +135,7 @@ def search(  # noqa: PLR0913 (twelve at most)
     Raises:
         BudgetError: no model that was tried keeps the promise; says which came closest. Or there are too few samples
             to show that one does.
-        DataError: `evaluate` returned NaN or something else than a score.
+        DataError: `evaluate` returned NaN, or no score.
         StoreError: `resume` is another file, or of another model.
 
     Example:
@@ -224,7 +224,7 @@ class _Search:
         return above if alone and above < 1 and all(share != above for share, _ in self.tried) else None
 
     def _add(self, key: str, plan: Plan) -> None:
-        """Evaluate the model of a plan and judge all models anew."""
+        """Evaluate the model of a plan and judge all models again."""
         small: list[nn.Module] = []
 
         def built() -> nn.Module:

@@ -25,7 +25,7 @@ from rankfold.planning._plan import Plan
 from rankfold.planning._planning import MethodName, MetricName, ObjectiveName, Planning, plannable
 from rankfold.planning._refusals import layer_refusal, structural_refusals, without_values
 from rankfold.planning._rules import INITS, RULES, Init, RuleName, Select, rule_of
-from rankfold.planning._select import Candidates, excess, refusal
+from rankfold.planning._select import Candidates, budget_error, excess
 from rankfold.planning._ties import TIED_METHODS, tied_heads
 
 __all__ = [
@@ -71,7 +71,7 @@ __all__ = [
     "near",
     "plannable",
     "planned_metric",
-    "refusal",
+    "budget_error",
     "rule_of",
     "run",
     "selected",

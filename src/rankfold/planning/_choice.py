@@ -9,11 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rankfold.errors import PlanError
-from rankfold.layers import BLOCKS, TABLE
+from rankfold.layers import BLOCKS, TABLE, Rank
 from rankfold.planning._amounts import Amounts, is_real
 from rankfold.planning._metrics import METRICS
-
-Rank = int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def methods() -> frozenset[str]:
 
 @functools.cache
 def _options_of(method: str) -> Mapping[str, str]:
-    """Return the keyword-only arguments beside the rank of the layers of a method, and what they are annotated with."""
+    """Return the keyword-only arguments other than the rank of a method's layers, with their annotations."""
     classes: set[Any] = {cls for (_, name), cls in (*TABLE.items(), *BLOCKS.items()) if name == method}
     found = [p for cls in classes for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return {p.name: str(p.annotation) for p in found if p.name not in ("rank", "seed", "device", "dtype")}

@@ -13,9 +13,19 @@ from torch import nn
 
 from rankfold._common import track
 from rankfold.errors import LayerError, PlanError, RankfoldError
-from rankfold.layers import Call, FactorisedLayer, Metric, Spectrum, head_macs, layer_class, methods_for, stock_twin
+from rankfold.layers import (
+    Call,
+    FactorisedLayer,
+    Metric,
+    Rank,
+    Spectrum,
+    head_macs,
+    layer_class,
+    methods_for,
+    stock_twin,
+)
 from rankfold.planning._amounts import Amounts
-from rankfold.planning._choice import Choice, Rank
+from rankfold.planning._choice import Choice
 from rankfold.ranks import energy, evbmf
 from rankfold.stats import LayerTime, Stats, count_bytes, count_params
 
@@ -41,7 +51,7 @@ class Job:
         seed: seed of the layer's decompositions.
         weightless: whether no weight is to be read: choices then have no error.
         metric: what errors are measured in, None on the weights.
-        times: how long the layer takes and what could stand for it, where that was measured.
+        times: how long the layer and its replacements take, where that was measured.
         head_calls: of an embedding, the calls of the head that is tied to it.
     """
 

@@ -71,7 +71,7 @@ METRICS: Mapping[str, Grade] = MappingProxyType(
 
 
 def metric_name(name: Any, stats: Stats | None) -> str:
-    """Return the metric that a name stands for: for "auto", the outputs where the statistics hold moments.
+    """Return the metric of a name: for "auto", the outputs where the statistics hold moments.
 
     Raises:
         PlanError: no such metric, or the statistics lack what it needs.

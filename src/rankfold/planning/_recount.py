@@ -1,4 +1,4 @@
-"""Amounts of a plan counted anew: what its choices take on a model, whatever the plan says."""
+"""The amounts of a plan, counted again: what its choices take on a model, whatever the plan says."""
 
 from __future__ import annotations
 

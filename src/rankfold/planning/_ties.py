@@ -1,4 +1,4 @@
-"""An embedding and the output layer that is tied to it: two layers with one weight, which one choice stands for."""
+"""An embedding and the output layer that is tied to it: two layers with one weight, planned by one choice."""
 
 from __future__ import annotations
 
