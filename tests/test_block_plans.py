@@ -157,7 +157,7 @@ def test_in_one_call_it_is_better_than_without(solved):
 def test_a_block_is_solved_by_name(monkeypatch):
     assert _chain.ROWS == 20_000
     monkeypatch.setattr(_chain, "ROWS", 0)
-    monkeypatch.setattr("rankfold.train.SHARES", (4, 8))
+    monkeypatch.setattr("rankfold.train.flexible._decouple.SHARES", (4, 8))
     small, plan = rf.compress(MODEL, DATA, budget=rf.Budget(params=0.3), blocks="0:2", recalibrate=False)
     assert plan.layers["0:2"].method == "flexible" and type(small[0]) is FlexibleLinear
     assert plan.params == params(small) <= 0.3 * params(MODEL)

@@ -190,7 +190,7 @@ def test_a_latency_measured_above_its_budget_ends_the_search(monkeypatch):
     def planner(*_, **__):
         return lambda _: plan
 
-    monkeypatch.setattr(rf.searches, "planner", planner)
+    monkeypatch.setattr("rankfold.pipeline._search.planner", planner)
     evaluate = by_size(lambda _: 1.0, model)
     found = rf.search(model, example=X[:, :16], evaluate=evaluate, max_drop=0.1, quantity="latency")
     assert len(evaluate.calls) == 2
