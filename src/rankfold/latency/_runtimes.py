@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from rankfold._common import device_of, example_arguments, tensors_in, to_device
+from rankfold._common import device_of, example_arguments, one_of, tensors_in, to_device
 from rankfold.errors import DataError, ExportError
 
 Run: TypeAlias = Callable[[], Any]
@@ -139,6 +139,4 @@ def runtime_of(runtime: str | Runtime) -> Runtime:
     """Return the runtime of that name; a function is returned as it is."""
     if callable(runtime):
         return runtime
-    if runtime not in RUNTIMES:
-        raise DataError(f"there is no runtime {runtime!r}: choose from {', '.join(RUNTIMES)} or pass a function")
-    return RUNTIMES[runtime]
+    return RUNTIMES[one_of("runtime", runtime, RUNTIMES, other="a function (model, example) -> run", error=DataError)]

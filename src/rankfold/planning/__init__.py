@@ -16,7 +16,7 @@ from rankfold.planning._budget import QUANTITIES, Budget, Measured
 from rankfold.planning._candidates import layer_seed, run
 from rankfold.planning._joint import Contest, check_blocks
 from rankfold.planning._metrics import METRICS, check_stats
-from rankfold.planning._names import near, selected
+from rankfold.planning._names import selected
 from rankfold.planning._objectives import CALIBRATED, SQUARES
 from rankfold.planning._plan import Choice, Plan
 from rankfold.planning._refusals import layer_refusal, structural_refusals, without_values
@@ -55,7 +55,6 @@ __all__ = [
     "is_block",
     "layer_refusal",
     "layer_seed",
-    "near",
     "plan",
     "planned_metric",
     "refusal",

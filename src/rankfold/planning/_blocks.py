@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from rankfold._common import near
 from rankfold.errors import LayerError, PlanError
 from rankfold.layers import BLOCKS, block_class, pointwise_twin, stock_twin
-from rankfold.planning._names import near
 from rankfold.planning._plan import Choice
 from rankfold.stats import Stats, count_bytes, count_params, walk
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from rankfold._common import near
 from rankfold.errors import BudgetError, PlanError
 from rankfold.layers import BLOCKS, TABLE
 from rankfold.planning._budget import QUANTITIES, Budget, Measured, check_amount, is_real
 from rankfold.planning._metrics import METRICS, WEIGHTS
-from rankfold.planning._names import near
 from rankfold.planning._objectives import CALIBRATED, OBJECTIVES, SQUARES, combined
 from rankfold.planning._print import plan_text
 

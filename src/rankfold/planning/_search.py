@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from rankfold._common import one_of, whole
 from rankfold.errors import PlanError
 from rankfold.layers import BLOCKS, Metric, methods_for, refusal, stock_twin
 from rankfold.planning._blocks import Blocks
@@ -213,8 +214,7 @@ def candidates(  # noqa: PLR0913
 
 def _weightless(model: nn.Module, name: str | Select, rule: Rule, init: Init) -> bool:
     """Tell whether no weight is to be read; raise where the rule must."""
-    if init not in INITS:
-        raise PlanError(f"init={init!r} is neither 'decompose' nor 'random'")
+    one_of("init", init, INITS, error=PlanError)
     if init == "random" and rule.needs_weights:
         others = ", ".join(repr(other) for other, row in RULES.items() if not row.needs_weights)
         raise PlanError(f"rule {name!r} reads the weights, and init='random' reads none: use rule {others}")
@@ -239,8 +239,7 @@ def _methods(names: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _check(request: _Request, stats: Stats | None) -> None:
-    if type(request.multiple) is not int or request.multiple < 1:
-        raise PlanError(f"multiple={request.multiple!r} is not a whole number >= 1")
+    whole("multiple", request.multiple, error=PlanError)
     unknown = [quantity for quantity in request.quantities if quantity not in QUANTITIES]
     if unknown:
         raise PlanError(f"unknown quantity {unknown[0]!r}: a budget limits {', '.join(QUANTITIES)}")
@@ -253,9 +252,7 @@ def _check(request: _Request, stats: Stats | None) -> None:
             "a budget on latency needs measured times of the layers: stats=rankfold.latency.time_layers(model, stats, "
             "example=…); compress measures them itself"
         )
-    if request.objective not in OBJECTIVES or request.objective == CALIBRATED:
-        known = ", ".join(name for name in OBJECTIVES if name != CALIBRATED)
-        raise PlanError(f"objective {request.objective!r} is none of {known}")
+    one_of("objective", request.objective, [name for name in OBJECTIVES if name != CALIBRATED], error=PlanError)
     if request.objective in WEIGHED and request.metric != "fisher":
         raise PlanError(f"objective {request.objective!r} needs metric='fisher' (now {request.metric!r})")
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfold._common import near, one_of
 from rankfold.errors import LayerError, PlanError, RankfoldError
 from rankfold.layers import (
     FactorisedLayer,
@@ -36,7 +37,6 @@ from rankfold.planning import (
     fresh_block,
     is_block,
     layer_seed,
-    near,
     planned_metric,
     run,
     solved_block,
@@ -106,8 +106,7 @@ def apply(
         >>> small[0].rank, model[0].weight.shape
         (8, torch.Size([64, 64]))
     """
-    if init not in INITS:
-        raise PlanError(f"init={init!r} is neither 'decompose' nor 'random'")
+    one_of("init", init, INITS, error=PlanError)
     if blocks and init == "random":
         raise PlanError("blocks= hold values that were found, and init='random' draws others: leave one of them out")
     model = with_named_projections(model, plan.layers)

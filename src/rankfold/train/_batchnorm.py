@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rankfold._common import batch_arguments, device_of, evaluating, to_device
-from rankfold.errors import DataError, RankfoldError
+from rankfold._common import batch_arguments, device_of, evaluating, to_device, whole
+from rankfold.errors import DataError
 
 
 def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any], *, batches: int = 100) -> None:
@@ -42,8 +42,7 @@ def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any], *, batches: in
         >>> torch.allclose(model(x).mean(0), torch.zeros(8), atol=1e-5)
         True
     """
-    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
-        raise RankfoldError(f"batches is a whole number above 0, not {batches!r}")
+    whole("batches", batches)
     layers = batchnorms(model)
     if not layers:
         return

@@ -13,10 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from rankfold._common import batch_arguments, device_of, evaluating, first_tensor, to_device, track
+from rankfold._common import (
+    batch_arguments,
+    device_of,
+    evaluating,
+    first_tensor,
+    near,
+    one_of,
+    real,
+    to_device,
+    track,
+    whole,
+)
 from rankfold.errors import DataError, RankfoldError
 from rankfold.layers import is_factorised
-from rankfold.planning import near
 from rankfold.train._checkpoint import restore, snapshot
 from rankfold.train._fit import trained_groups
 from rankfold.train._recipe import Recipe
@@ -107,12 +117,9 @@ def distil_blocks(  # noqa: PLR0913
 
 
 def _checked(loader: Iterable[Any], epochs: int, lr: float, inputs: str, recipe: Recipe) -> list[Any]:
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise RankfoldError(f"epochs is a whole number above 0, not {epochs!r}")
-    if not 0 < lr < math.inf:
-        raise RankfoldError(f"lr is a number above 0, not {lr!r}")
-    if inputs not in INPUTS:
-        raise RankfoldError(f"inputs is one of {', '.join(INPUTS)}, not {inputs!r}")
+    whole("epochs", epochs)
+    real("lr", lr, ends="()")
+    one_of("inputs", inputs, INPUTS)
     unused = [f.name for f in fields(recipe) if f.name not in USED and getattr(recipe, f.name) != f.default]
     if unused:
         raise RankfoldError(f"Recipe({unused[0]}=…) has no meaning for blocks: leave it out, or use fit")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold._common import batch_arguments, batch_target, device_of, modes_kept, to_device, track
+from rankfold._common import batch_arguments, batch_target, device_of, modes_kept, real, to_device, track, whole
 from rankfold.errors import DataError, RankfoldError, StoreError
 from rankfold.layers import TiedHead, is_factorised
 from rankfold.train._batchnorm import batchnorms, reestimate_batchnorm
@@ -257,10 +257,8 @@ def _check(
     evaluates: bool,
     recipe: Recipe,
 ) -> None:
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise RankfoldError(f"epochs is a whole number above 0, not {epochs!r}")
-    if not 0 < lr < math.inf:
-        raise RankfoldError(f"lr is a number above 0, not {lr!r}")
+    whole("epochs", epochs)
+    real("lr", lr, ends="()")
     if recipe.keeps_best and not evaluates:
         name = "keep_best" if recipe.keep_best else "promise"
         raise RankfoldError(f"{name} needs evaluate=: a function that returns the metric of a model")

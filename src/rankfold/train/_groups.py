@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from rankfold._common import real
 from rankfold.errors import LayerError, RankfoldError
 from rankfold.layers import fan_ins, is_factorised
 
@@ -58,8 +58,7 @@ def parameter_groups(
         >>> optimizer = torch.optim.AdamW(groups)
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay or 0.0)):
-        if not 0 <= value < math.inf:
-            raise RankfoldError(f"{name} is 0 or more, not {value!r}")
+        real(name, value)
     if decay_all and weight_decay is None:
         raise RankfoldError("decay_all=True says what weight_decay is used on: give weight_decay too")
     multipliers = _multipliers(model)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rankfold.errors import RankfoldError
+from rankfold._common import one_of, real, whole
 from rankfold.train._losses import Loss
 from rankfold.train.lowrank._method import TrainingMethod
 
@@ -100,22 +100,20 @@ class Recipe:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        ranges = {
-            "warmup": (0 <= self.warmup <= 1, "between 0 and 1"),
-            "temperature": (0 < self.temperature < math.inf, "above 0"),
-            "alpha": (0 <= self.alpha <= 1, "between 0 and 1"),
-            "decay": (0 <= self.decay < math.inf, "0 or more"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
-            "clip": (self.clip > 0, "above 0"),
-            "batchnorm": (self.batchnorm >= 0, "0 or more"),
-            "only": (self.only in ONLY, f"one of {', '.join(ONLY)}"),
-            "promise": (self.promise is None or math.isfinite(self.promise), "a finite number or None"),
-            "optimizer": (callable(self.optimizer) or self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
-            "schedule": (callable(self.schedule) or self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-        }
-        for name, (valid, allowed) in ranges.items():
-            if not valid:
-                raise RankfoldError(f"{name} is {allowed}, not {getattr(self, name)!r}")
+        for name in ("warmup", "alpha"):
+            real(name, getattr(self, name), most=1, ends="[]")
+        for name in ("decay", "weight_decay"):
+            real(name, getattr(self, name))
+        real("temperature", self.temperature, ends="()")
+        real("clip", self.clip, ends="(]")
+        whole("batchnorm", self.batchnorm, 0)
+        one_of("only", self.only, ONLY)
+        if self.promise is not None:
+            real("promise", self.promise, -math.inf, ends="()")
+        if not callable(self.optimizer):
+            one_of("optimizer", self.optimizer, OPTIMIZERS, other="a function of parameter groups and lr")
+        if not callable(self.schedule):
+            one_of("schedule", self.schedule, SCHEDULES, other="a function of the share done")
 
     @property
     def keeps_best(self) -> bool:

@@ -7,10 +7,11 @@ from typing import final
 
 from torch import nn
 
+from rankfold._common import real, whole
 from rankfold.ranks import stable_rank
 from rankfold.train.lowrank._dense_method import DenseMethod
 from rankfold.train.lowrank._method import State
-from rankfold.train.lowrank._targets import Patterns, checked_amount, checked_count
+from rankfold.train.lowrank._targets import Patterns
 
 
 @final
@@ -60,10 +61,10 @@ class Cuttlefish(DenseMethod):
         include: Patterns = (),
         exclude: Patterns = (),
     ) -> None:
-        self.earliest = checked_count("earliest", earliest)
-        self.window = checked_count("window", window)
-        self.smoothing = checked_count("smoothing", smoothing)
-        self.tolerance = checked_amount("tolerance", tolerance)
+        self.earliest = whole("earliest", earliest)
+        self.window = whole("window", window)
+        self.smoothing = whole("smoothing", smoothing)
+        self.tolerance = real("tolerance", tolerance)
         super().__init__(model, split, include, exclude)
         self.stable_ranks = {name: [rank] for name, rank in self._stable().items()}
 

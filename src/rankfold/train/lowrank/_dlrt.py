@@ -7,10 +7,11 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from rankfold._common import real
 from rankfold.ranks import energy as rank_of_energy
 from rankfold.train.lowrank._dense_method import DenseMethod, named, taken
 from rankfold.train.lowrank._method import State
-from rankfold.train.lowrank._targets import Patterns, checked_share, mean_spectrum, svd_of
+from rankfold.train.lowrank._targets import Patterns, mean_spectrum, svd_of
 
 Factors = tuple[Tensor, Tensor, Tensor]  # U (groups, rows, r), S (groups, r, r), Vᵀ (groups, r, columns)
 
@@ -58,7 +59,7 @@ class DLRT(DenseMethod):
         include: Patterns = (),
         exclude: Patterns = (),
     ) -> None:
-        self.tolerance = checked_share("tolerance", tolerance, least_open=False)
+        self.tolerance = real("tolerance", tolerance, most=1)
         super().__init__(model, split, include, exclude)
         self._factors = {name: self._truncated(*svd_of(self.matrices(name))) for name in self.layers}
         self._augmented = False

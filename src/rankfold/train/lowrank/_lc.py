@@ -8,13 +8,13 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import RankfoldError
+from rankfold._common import real, whole
 from rankfold.layers import layer_class, stock_twin
 from rankfold.stats import Stats
 from rankfold.train.lowrank._dense_method import DenseMethod, named, taken
 from rankfold.train.lowrank._method import State
 from rankfold.train.lowrank._pruning import stats_of
-from rankfold.train.lowrank._targets import Patterns, checked_amount, checked_count, mean_spectrum, svd_of, weight_of
+from rankfold.train.lowrank._targets import Patterns, mean_spectrum, svd_of, weight_of
 
 
 @final
@@ -65,11 +65,10 @@ class LC(DenseMethod):
         include: Patterns = (),
         exclude: Patterns = (),
     ) -> None:
-        self.strength = checked_amount("strength", strength)
-        self.every = checked_count("every", every)
-        if checked_amount("mu", mu) == 0 or checked_amount("growth", growth) < 1:
-            raise RankfoldError(f"mu is above 0 and growth at least 1, not {mu!r} and {growth!r}")
-        self.mu, self.growth = mu, growth
+        self.strength = real("strength", strength)
+        self.every = whole("every", every)
+        self.mu = real("mu", mu, ends="()")
+        self.growth = real("growth", growth, 1)
         super().__init__(model, split, include, exclude)
         self._costs = self._cost_of_a_rank(stats_of(self.dense(), example))
         self._multipliers = {name: torch.zeros_like(self.matrices(name)) for name in self.layers}

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfold._common import real
 from rankfold.errors import RankfoldError, StoreError
 from rankfold.layers import Options
 from rankfold.planning import Budget, Plan
 from rankfold.ranks import energy as rank_of_energy
 from rankfold.surgery import apply
 from rankfold.train.lowrank._pruning import plan_of_budget, plan_of_ranks, stats_of
-from rankfold.train.lowrank._targets import checked_share, layers_of, matrices_of, mean_spectrum
+from rankfold.train.lowrank._targets import layers_of, matrices_of, mean_spectrum
 
 State = dict[str, Any]
 
@@ -173,7 +174,7 @@ class TrainingMethod(ABC):
             return own
         if energy is None:
             raise RankfoldError("say how far to prune: energy=0.999, or budget=Budget(macs=0.5) with example=")
-        keep = checked_share("energy", energy)
+        keep = real("energy", energy, most=1, ends="(]")
         matrices = {name: matrices_of(dense.get_submodule(name), options) for name, options in self.options.items()}
         return {
             name: rank_of_energy(mean_spectrum(torch.linalg.svdvals(weights.double())), keep)

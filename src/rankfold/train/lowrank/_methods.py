@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from rankfold._common import one_of
 from rankfold.errors import RankfoldError
 from rankfold.train.lowrank._cuttlefish import Cuttlefish
 from rankfold.train.lowrank._dlrt import DLRT
@@ -61,8 +62,7 @@ def training_method(
         >>> type(run).__name__, type(run.model[0]).__name__
         ('SVDTraining', 'SVDLinear')
     """
-    if name not in METHODS:
-        raise RankfoldError(f"method {name!r} is not known: take one of {', '.join(METHODS)}")
+    one_of("method", name, METHODS)
     places: dict[str, Any] = {"split": split, "include": include, "exclude": exclude}
     if name == "svd":
         model, places = svd_form(model, **places)[0], {}

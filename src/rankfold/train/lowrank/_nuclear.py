@@ -7,9 +7,10 @@ from typing import final
 import torch
 from torch import nn
 
+from rankfold._common import real, whole
 from rankfold.errors import RankfoldError
 from rankfold.train.lowrank._dense_method import DenseMethod
-from rankfold.train.lowrank._targets import Patterns, checked_amount, checked_count, svd_of
+from rankfold.train.lowrank._targets import Patterns, svd_of
 
 NOTHING = 1e-6  # of the largest singular value: a soft threshold leaves zeros up to rounding
 
@@ -57,10 +58,10 @@ class NuclearNorm(DenseMethod):
         include: Patterns = (),
         exclude: Patterns = (),
     ) -> None:
-        self.strength = checked_amount("strength", strength)
-        self.every = checked_count("every", every)
+        self.strength = real("strength", strength)
+        self.every = whole("every", every)
         if not isinstance(lr, torch.optim.Optimizer):
-            checked_amount("lr", lr)
+            real("lr", lr)
         self.lr = lr
         super().__init__(model, split, include, exclude)
 

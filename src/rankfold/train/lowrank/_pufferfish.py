@@ -7,9 +7,10 @@ from typing import final
 
 from torch import nn
 
-from rankfold.errors import LayerError, RankfoldError
+from rankfold._common import real, whole
+from rankfold.errors import LayerError
 from rankfold.train.lowrank._dense_method import DenseMethod
-from rankfold.train.lowrank._targets import Patterns, checked_count, checked_share
+from rankfold.train.lowrank._targets import Patterns
 
 
 @final
@@ -56,11 +57,10 @@ class Pufferfish(DenseMethod):
         include: Patterns = (),
         exclude: Patterns = (),
     ) -> None:
-        self.warmup = checked_count("warmup", warmup)
-        self.share = checked_share("share", share)
+        self.warmup = whole("warmup", warmup)
+        self.share = real("share", share, most=1, ends="(]")
         super().__init__(model, split, include, exclude)
-        if type(first) is not int or type(last) is not int or min(first, last) < 0:
-            raise RankfoldError(f"first and last are whole numbers >= 0, not {first!r} and {last!r}")
+        first, last = whole("first", first, 0), whole("last", last, 0)
         names = list(self.options)[first : len(self.options) - last]
         if not names:
             raise LayerError(

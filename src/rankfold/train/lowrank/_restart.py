@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from rankfold._common import whole
 from rankfold.errors import RankfoldError
-from rankfold.train.lowrank._targets import checked_count, unwrapped
+from rankfold.train.lowrank._targets import unwrapped
 
 
 def restarted(
@@ -44,7 +45,7 @@ def restarted(
         >>> round(optimizer.param_groups[0]["lr"], 6), optimizer.param_groups[0]["momentum"]
         (0.01, 0.9)
     """
-    checked_count("warmup", warmup)
+    whole("warmup", warmup)
     owners = {id(p): k for k, group in enumerate(optimizer.param_groups) for p in group["params"]}
     old = {name: p for name, p in unwrapped(before).named_parameters() if id(p) in owners}
     if not old:

@@ -9,12 +9,13 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from rankfold._common import one_of, real
 from rankfold.errors import LayerError, RankfoldError
 from rankfold.planning import Plan
 from rankfold.surgery import apply, densify
 from rankfold.train.lowrank._method import TrainingMethod
 from rankfold.train.lowrank._penalties import KINDS, orthogonality, sparsity
-from rankfold.train.lowrank._targets import FORM, checked_amount, forms_of, unwrapped
+from rankfold.train.lowrank._targets import FORM, forms_of, unwrapped
 
 RETRACTION = "retraction"
 
@@ -74,10 +75,9 @@ class SVDTraining(TrainingMethod):
         kind: str = "hoyer",
         schedule: str | Callable[[int], float] = "constant",
     ) -> None:
-        if kind not in KINDS:
-            raise RankfoldError(f"kind={kind!r} is not known: take one of {', '.join(KINDS)}")
-        if not callable(schedule) and schedule not in SCHEDULES:
-            raise RankfoldError(f"schedule={schedule!r} is not known: take 'constant' or a function of the step")
+        one_of("kind", kind, KINDS)
+        if not callable(schedule):
+            one_of("schedule", schedule, SCHEDULES, other="a function of the step")
         if isinstance(orthogonality, str) and orthogonality != RETRACTION:
             raise RankfoldError(f"orthogonality={orthogonality!r} is neither a weight nor {RETRACTION!r}")
         found = forms_of(unwrapped(model))
@@ -87,8 +87,8 @@ class SVDTraining(TrainingMethod):
             )
         super().__init__(model, found)
         self._retracts = orthogonality == RETRACTION
-        self.orthogonality = 0.0 if self._retracts else checked_amount("orthogonality", orthogonality)
-        self.sparsity = checked_amount("sparsity", sparsity)
+        self.orthogonality = 0.0 if self._retracts else real("orthogonality", orthogonality)
+        self.sparsity = real("sparsity", sparsity)
         self.kind = kind
         self.schedule = schedule if callable(schedule) else SCHEDULES[schedule]
         if self._retracts:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rankfold.errors import LayerError, RankfoldError
+from rankfold._common import one_of
+from rankfold.errors import LayerError
 from rankfold.layers import TABLE, Options, folded, stock_twin, unfolded
 from rankfold.planning import layer_refusal, selected, structural_refusals
 from rankfold.stats import walk
@@ -38,8 +39,7 @@ def targets(
         PlanError: a pattern that matches no layer.
         LayerError: a weight that holds NaN or Inf, or no layer at all.
     """
-    if split not in SPLITS:
-        raise RankfoldError(f"split={split!r} is not known: take one of {', '.join(SPLITS)}")
+    one_of("split", split, SPLITS)
     layers = dict(walk(model))
     included = selected(layers, include) if include else set(layers)
     excluded = selected(layers, exclude)
@@ -118,29 +118,6 @@ def forms_of(model: nn.Module) -> dict[str, Options]:
     """Return the options of every layer of a model in SVD form."""
     found = {name: layer for name, layer in walk(model) if getattr(layer, "method", None) == FORM}
     return {name: dict(layer.options) for name, layer in found.items()}  # type: ignore[arg-type]
-
-
-def checked_share(name: str, value: Any, *, least_open: bool = True) -> float:
-    """Return a number between 0 and 1, or raise a `RankfoldError` that names it."""
-    valid = isinstance(value, int | float) and not isinstance(value, bool)
-    if not valid or not (0 < value <= 1 if least_open else 0 <= value < 1):
-        raise RankfoldError(f"{name} is a number {'0 < x <= 1' if least_open else '0 <= x < 1'}, not {value!r}")
-    return float(value)
-
-
-def checked_amount(name: str, value: Any) -> float:
-    """Return a finite number that is not negative, or raise a `RankfoldError` that names it."""
-    valid = isinstance(value, int | float) and not isinstance(value, bool)
-    if not valid or not 0 <= value < float("inf"):
-        raise RankfoldError(f"{name} is a finite number >= 0, not {value!r}")
-    return float(value)
-
-
-def checked_count(name: str, value: Any) -> int:
-    """Return a whole number above 0, or raise a `RankfoldError` that names it."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RankfoldError(f"{name} is a whole number above 0, not {value!r}")
-    return value
 
 
 def layers_of(model: nn.Module, names: Mapping[str, Options]) -> dict[str, Any]:

@@ -7,18 +7,11 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from rankfold._common import real, whole
 from rankfold.ranks import energy as rank_of_energy
 from rankfold.train.lowrank._dense_method import DenseMethod, named, taken
 from rankfold.train.lowrank._method import State
-from rankfold.train.lowrank._targets import (
-    Patterns,
-    checked_amount,
-    checked_count,
-    checked_share,
-    mean_spectrum,
-    svd_of,
-    weight_of,
-)
+from rankfold.train.lowrank._targets import Patterns, mean_spectrum, svd_of, weight_of
 
 
 @final
@@ -63,9 +56,9 @@ class TRP(DenseMethod):
         include: Patterns = (),
         exclude: Patterns = (),
     ) -> None:
-        self.every = checked_count("every", every)
-        self.energy = checked_share("energy", energy)
-        self.nuclear = checked_amount("nuclear", nuclear)
+        self.every = whole("every", every)
+        self.energy = real("energy", energy, most=1, ends="(]")
+        self.nuclear = real("nuclear", nuclear)
         super().__init__(model, split, include, exclude)
         self._directions: dict[str, Tensor] = {}
 
