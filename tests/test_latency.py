@@ -122,7 +122,7 @@ def test_onnx_runtime_computes_the_same():
     from rankfold.latency import RUNTIMES
 
     model = nn.Sequential(nn.Linear(64, 8), nn.ReLU()).eval()
-    torch.testing.assert_close(RUNTIMES["onnxruntime"](model, X)()[0], model(X).detach())
+    torch.testing.assert_close(RUNTIMES["onnxruntime"].model(model, X)()[0], model(X).detach())
 
 
 def test_a_function_is_a_runtime_too():
@@ -138,4 +138,4 @@ def test_compiled_model_computes_the_same():
 
     model = nn.Sequential(nn.Linear(64, 8), nn.ReLU()).eval()
     with torch.inference_mode():
-        torch.testing.assert_close(RUNTIMES["compile"](model, X)(), model(X))
+        torch.testing.assert_close(RUNTIMES["compile"].model(model, X)(), model(X))

@@ -150,7 +150,7 @@ def time_models(  # noqa: PLR0913
         (5, 1.0)
     """
     _check(models, threads, rounds, seconds)
-    prepare = runtime_of(runtime)
+    prepare = runtime_of(runtime).model
     with using_threads(threads), evaluating(*models.values()), torch.inference_mode():
         runs = {name: (prepare(model, example), device_of(model)) for name, model in models.items()}
         calls = {name: _calls_per_sample(run, device, clock) for name, (run, device) in runs.items()}
