@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ from rankfold.planning import (
 from rankfold.stats import Stats, walk
 from rankfold.surgery._attention import joined_attention, with_named_projections
 from rankfold.surgery._copies import copy_with
-from rankfold.surgery._huggingface import register, remember
+from rankfold.surgery._huggingface import remember
 
 DENSE_TYPE = "_dense_type"  # the entry in a factorised layer of what it replaced, where that was no stock layer
 
@@ -84,7 +83,8 @@ def apply(
     several places is replaced in all of them by one. Where a layer inside an `nn.TransformerEncoderLayer`
     is replaced, the copy's fused inference path, which reads dense weights, is switched off. Where the plan names
     a projection of an `nn.MultiheadAttention` ("attention.q_proj"), that attention is separated first, as
-    `separate_attention` does.
+    `separate_attention` does. A Hugging Face model keeps the plan in its configuration, which `save_pretrained`
+    writes; to load such a folder, see `rankfold.hub`.
 
     Args:
         model: the model that the plan was made for, or one of the same shape.
@@ -126,9 +126,7 @@ def apply(
         if job.name in followers:
             replaced |= _following(new, followers[job.name], job)
     small = copy_with(model, replaced)
-    if remember(small):
-        with suppress(RankfoldError):  # an old version of transformers, which `rankfold.hub` would speak of
-            register(partial(apply, init="random"))
+    remember(small)
     return small
 
 
