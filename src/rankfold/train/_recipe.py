@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rankfold._common import one_of, real, whole
+from rankfold._common import html_table, one_of, real, text_table, whole
 from rankfold.train._losses import Loss
 from rankfold.train.lowrank._method import TrainingMethod
 
@@ -151,9 +151,56 @@ class Epoch:
     penalty: float | None = None
 
 
+COLUMNS: Mapping[str, str] = MappingProxyType(  # of the printed table: field of an epoch to how it is written
+    {
+        "epoch": "d",
+        "loss": ".4f",
+        "task": ".4f",
+        "distillation": ".4f",
+        "decay": ".4g",
+        "penalty": ".4g",
+        "metric": ".4f",
+        "lr": ".3g",
+        "seconds": ".1f",
+    }
+)
+
+
 @dataclass(frozen=True)
 class History:
-    """What a training run did: its epochs, and the number of the one whose weights the model ends with."""
+    """What a training run did; `print` shows it as a table, and a notebook does by itself.
+
+    Attributes:
+        epochs: one row per epoch.
+        kept: the number of the epoch whose weights the model ends with.
+
+    Example:
+        >>> print(History((Epoch(1, 0.5, 0.5, None, None, 1e-3, 0.75, 2.0),), kept=1))
+        epoch    loss    task  metric     lr  seconds
+        -----  ------  ------  ------  -----  -------
+            1  0.5000  0.5000  0.7500  0.001      2.0
+        <BLANKLINE>
+        weights kept: those of epoch 1
+    """
 
     epochs: tuple[Epoch, ...]
     kept: int
+
+    def __str__(self) -> str:
+        """Return the epochs as an aligned table; a column without values is left out."""
+        return "\n\n".join([text_table(*self._table()), self._ending()] if self.epochs else [self._ending()])
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table(), below=[self._ending()])
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        used = [name for name in COLUMNS if any(getattr(epoch, name) is not None for epoch in self.epochs)]
+        return used, [[_cell(epoch, name) for name in used] for epoch in self.epochs]
+
+    def _ending(self) -> str:
+        return f"weights kept: those of epoch {self.kept}" if self.epochs else "no epoch was trained"
+
+
+def _cell(epoch: Epoch, name: str) -> str:
+    value = getattr(epoch, name)
+    return "" if value is None else format(value, COLUMNS[name])
