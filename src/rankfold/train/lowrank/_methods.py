@@ -43,18 +43,20 @@ def training_method(
     exclude: Patterns = (),
     **options: Any,
 ) -> TrainingMethod:
-    """Return a training method by its name, on a dense model; train its `.model`, which "svd" makes anew.
+    """Return a training method by name, for a dense model.
+
+    Train the method's `.model`: a new one in SVD form for "svd", and the given one for all other methods.
 
     Args:
         name: "svd", "trp", "nuclear", "pufferfish", "cuttlefish", "dlrt" or "lc".
-        model: a dense model. All but "svd" train it in place.
+        model: a dense model. All methods but "svd" train it in place.
         split: how kernels are split, "spatial" or "channel".
-        include: names or patterns of the only layers to work on; all of them if empty.
+        include: names or patterns of the layers to work on; all layers if empty.
         exclude: names or patterns of layers to leave alone.
-        options: what the class of the method takes beside these.
+        options: further keyword arguments of the method's class.
 
     Raises:
-        RankfoldError: an unknown name, or an option that the method has not.
+        RankfoldError: the name is unknown, or the method has no such option.
         LayerError: no layer can be trained for low rank.
 
     Example:

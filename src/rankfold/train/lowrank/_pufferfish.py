@@ -1,4 +1,4 @@
-"""Pufferfish: dense warm-up, then low-rank layers of one share of the full rank."""
+"""Pufferfish: dense warm-up, then low-rank layers at a fixed fraction of the full rank."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from rankfold.train.lowrank._targets import Patterns
 
 @final
 class Pufferfish(DenseMethod):
-    """Train a dense model for some epochs, then factorise all but its first and last layers at a share of full rank.
+    """Train a dense model for a few epochs, then factorise all but its first and last layers.
 
-    Nothing is added to the loss. `finished` says when the warm-up is over; `prune()` then gives the low-rank model to
-    train on, with each weight as U sqrt(S) and sqrt(S) Vᵀ.
+    Nothing is added to the loss. `finished` tells when the warm-up is over; `prune()` then returns the low-rank model
+    to continue training with, each weight being U sqrt(S) times sqrt(S) Vᵀ.
 
     Args:
         model: a dense model; it is trained in place.
-        warmup: epochs before the switch.
-        share: of the full rank, 0 < x <= 1.
+        warmup: number of epochs of dense training.
+        share: rank of each layer as a fraction of its full rank, 0 < x <= 1.
         first: how many of the first layers stay dense.
         last: how many of the last layers stay dense.
         split: how kernels are split, "spatial" or "channel".
-        include: names or patterns of the only layers to work on; all of them if empty.
+        include: names or patterns of the layers to work on; all layers if empty.
         exclude: names or patterns of layers to leave alone.
 
     Raises:
         LayerError: no layer can be trained for low rank.
-        RankfoldError: a value out of its range.
+        RankfoldError: a value is out of range.
 
     Reference:
         Wang, Agarwal and Papailiopoulos 2021, Pufferfish: communication-efficient models at no extra cost.
@@ -75,5 +75,5 @@ class Pufferfish(DenseMethod):
         return self.epochs >= self.warmup
 
     def _own_ranks(self) -> dict[str, int]:
-        """Return the share of each layer's full rank, rounded up."""
+        """Return the same fraction of each layer's full rank, rounded up."""
         return {name: max(1, math.ceil(self.share * self.full_rank(name))) for name in self.layers}

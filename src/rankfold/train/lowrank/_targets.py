@@ -1,4 +1,4 @@
-"""Which layers of a model a low-rank training method works on, and each one's weight as matrices."""
+"""The layers of a model that a low-rank training method works on, and their weights as matrices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Patterns = str | Sequence[str]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside what `DistributedDataParallel` and `torch.compile` put around it."""
+    """Return the model inside the wrappers of `DistributedDataParallel` and `torch.compile`."""
     while True:
         inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", model)
         if inner is model:
@@ -32,12 +32,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def targets(
     model: nn.Module, split: str, include: Patterns, exclude: Patterns
 ) -> tuple[dict[str, Options], dict[str, str]]:
-    """Return the options of every layer to train for low rank, and the reason of every layer that is left alone.
+    """Return the options of each layer to train for low rank, and the reason for each that is left alone.
 
     Raises:
-        RankfoldError: an unknown split.
-        PlanError: a pattern that matches no layer.
-        LayerError: a weight that holds NaN or Inf, or no layer at all.
+        RankfoldError: the split is unknown.
+        PlanError: a pattern matches no layer.
+        LayerError: a weight holds NaN or Inf, or no layer can be trained for low rank.
     """
     one_of("split", split, SPLITS)
     layers = dict(walk(model))
@@ -64,7 +64,7 @@ def targets(
 
 
 def _rankless(layer: nn.Module, split: str) -> str:
-    """Return why a layer has no rank to find, or an empty text."""
+    """Return why no rank can be found for a layer, or an empty string."""
     twin = stock_twin(layer)
     form = TABLE.get((type(twin), FORM))
     if form is None:
@@ -73,7 +73,7 @@ def _rankless(layer: nn.Module, split: str) -> str:
 
 
 def _options(layer: nn.Module, split: str) -> dict[str, Any]:
-    """Return the options of a layer's SVD form: a kernel that extends along one axis is split by channels."""
+    """Return the options of a layer's SVD form; a kernel that extends along one axis is split by channels."""
     kernel: Any = getattr(layer, "kernel_size", ())
     if not kernel:
         return {}
@@ -89,7 +89,7 @@ def matrices_of(layer: Any, options: Options) -> Tensor:
 
 
 def weight_of(layer: Any, matrices: Tensor, options: Options) -> Tensor:
-    """Return matrices as a weight of a dense layer: the inverse of `matrices_of`."""
+    """Return the weight of a dense layer from its matrices: the inverse of `matrices_of`."""
     shape = tuple(layer.weight.shape)
     transposed = type(stock_twin(layer)) is not type(layer)  # Hugging Face's Conv1D keeps (in, out)
     dense = folded(matrices, shape[::-1] if transposed else shape, **options)
@@ -115,12 +115,12 @@ def mean_spectrum(values: Tensor) -> Tensor:
 
 
 def forms_of(model: nn.Module) -> dict[str, Options]:
-    """Return the options of every layer of a model in SVD form."""
+    """Return the options of every layer that is in SVD form."""
     found = {name: layer for name, layer in walk(model) if getattr(layer, "method", None) == FORM}
     return {name: dict(layer.options) for name, layer in found.items()}  # type: ignore[arg-type]
 
 
 def layers_of(model: nn.Module, names: Mapping[str, Options]) -> dict[str, Any]:
-    """Return the layers of these names."""
+    """Return the layers with these names."""
     inner = unwrapped(model)
     return {name: inner.get_submodule(name) for name in names}
