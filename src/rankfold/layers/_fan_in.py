@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -11,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from rankfold.errors import LayerError
+from rankfold.layers._dense import DenseType, dense_type_of, stock_type
 from rankfold.layers._table import TABLE, is_factorised
 from rankfold.layers.svd_form._svd_form import SVDForm
 from rankfold.layers.tensor._structured import StructuredLinear
@@ -46,7 +46,7 @@ def fan_ins(layer: nn.Module) -> FanIns:
     twin: Any = layer
     rules = (rule for kind, rule in _FACTORS.items() if isinstance(layer, kind))
     factors = next(rules, _of_stages)(twin)
-    return FanIns(_DENSE[twin.dense_type](twin), tuple(factors))
+    return FanIns(_dense_fan_in(stock_type(twin.dense_type), twin), tuple(factors))
 
 
 Factors = Iterator[tuple[nn.Parameter, int]]
@@ -55,8 +55,13 @@ Factors = Iterator[tuple[nn.Parameter, int]]
 def _of_stages(layer: Any) -> Factors:
     """Yield the weights of a chain of stock layers; an output of a look-up is one value."""
     for stage in layer.children():
-        weight: nn.Parameter = stage.weight
-        yield weight, 1 if isinstance(stage, nn.Embedding) else math.prod(weight.shape[1:])
+        yield stage.weight, _dense_fan_in(dense_type_of(stage, subclasses=True), stage)
+
+
+def _dense_fan_in(row: DenseType | None, layer: nn.Module) -> int:
+    if row is None or row.fan_in is None:
+        raise LayerError(f"{type(layer).__name__} is no layer whose fan-in is known")
+    return row.fan_in(layer)
 
 
 def _of_train(layer: Any) -> Factors:
@@ -91,10 +96,6 @@ def _of_svd_form(layer: Any) -> Factors:  # noqa: ARG001
     yield from ()
 
 
-def _of_conv(layer: Any) -> int:
-    return int(layer.in_channels // layer.groups * math.prod(layer.kernel_size))
-
-
 _FACTORS: Mapping[type[nn.Module], Callable[[Any], Factors]] = MappingProxyType(
     {
         TTLinear: _of_train,
@@ -102,12 +103,5 @@ _FACTORS: Mapping[type[nn.Module], Callable[[Any], Factors]] = MappingProxyType(
         TTConv: _of_train_conv,
         StructuredLinear: _of_structured,
         SVDForm: _of_svd_form,
-    }
-)
-_DENSE: Mapping[type[nn.Module], Callable[[Any], int]] = MappingProxyType(
-    {
-        nn.Linear: lambda layer: int(layer.in_features),
-        nn.Embedding: lambda layer: 1,  # noqa: ARG005
-        **dict.fromkeys({kind for kind, _ in TABLE} - {nn.Linear, nn.Embedding}, _of_conv),
     }
 )

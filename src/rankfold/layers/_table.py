@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from rankfold.errors import LayerError
 from rankfold.layers._contract import Call, Cost, FactorisedLayer
+from rankfold.layers._dense import dense_type_of
 from rankfold.layers._embedding import LowRankEmbedding
 from rankfold.layers._linear import LowRankLinear
-from rankfold.layers._refusal import CONV1D, is_quantised, qualified_name
+from rankfold.layers._refusal import is_quantised
 from rankfold.layers.conv._conv_cp import CPConv1d, CPConv2d, CPConv3d
 from rankfold.layers.conv._conv_svd import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from rankfold.layers.conv._conv_tucker import TuckerConv1d, TuckerConv2d, TuckerConv3d
@@ -46,13 +46,11 @@ BLOCKS: Mapping[tuple[type[nn.Module], str], type[FlexibleLayer]] = MappingProxy
     {(layer.dense_type, layer.method): layer for layer in _FLEXIBLE}
 )
 """(Type of dense layer, method) -> layer that stands for several of these in a row, and not for one."""
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_LOOK_UPS = (nn.Embedding, nn.EmbeddingBag)
 
 
 def _stock_type(layer: nn.Module) -> type[nn.Module]:
-    return nn.Linear if qualified_name(layer) == CONV1D else type(layer)
+    row = dense_type_of(layer)
+    return type(layer) if row is None or row.twin is None else row.twin
 
 
 def methods_for(layer: nn.Module) -> tuple[str, ...]:
@@ -125,18 +123,7 @@ def dense_cost(layer: nn.Module, calls: Sequence[Call]) -> Cost:
         Cost(params=224, macs=27648)
     """
     params = sum(parameter.numel() for parameter in layer.parameters())
-    return Cost(params, sum(_dense_macs(layer, call) for call in calls))
-
-
-def _dense_macs(layer: Any, call: Call) -> int:
-    weight: Tensor = layer.weight
-    if isinstance(layer, _LOOK_UPS):
-        return 0
-    if isinstance(layer, _CONVOLUTIONS + _TRANSPOSED):
-        axes = len(layer.kernel_size)
-        # a convolution uses its whole kernel at each point of the output, a transposed one at each of the input
-        size, channels = (call.input, -axes - 1) if isinstance(layer, _TRANSPOSED) else (call.output, -axes - 1)
-        return math.prod(size[:channels]) * math.prod(size[channels + 1 :]) * weight.numel()
-    if isinstance(layer, nn.Linear) or qualified_name(layer) == CONV1D:
-        return math.prod(call.input[:-1]) * weight.numel()
-    raise LayerError(f"the cost of {type(layer).__name__} does not follow from its shape alone")
+    row = dense_type_of(layer, subclasses=True)
+    if row is None or row.macs is None:
+        raise LayerError(f"the cost of {type(layer).__name__} does not follow from its shape alone")
+    return Cost(params, sum(row.macs(layer, call) for call in calls))
