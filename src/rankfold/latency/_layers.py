@@ -266,10 +266,10 @@ class _Table:
         return CallTime(min(times["dense"].seconds), 1, tuple(curves))
 
     def _grain(self, case: _Case) -> int:
-        """Return the largest step of ranks whose last rank is as fast as its first, on the first form with one rank."""
+        """Return the largest step of ranks whose last rank is as fast as its first, on the first form of two stages."""
         for cls, options in case.forms:
             full, grid = cls.full_rank(case.layer, **options), cls.rank_grid(case.layer, **options)
-            if isinstance(full, tuple) or cls.method != "svd":
+            if isinstance(full, tuple) or cls.stages is None:
                 continue
             base = min(LARGEST_BASE, max(map(_first, grid)) // 2 // max(STEPS) * max(STEPS))
             if base >= LEAST_BASE:

@@ -81,6 +81,17 @@ def layer_class(layer: nn.Module, method: str) -> type[FactorisedLayer]:
     return found
 
 
+def tied_methods() -> tuple[str, ...]:
+    """Return the methods whose two stages of an `nn.Embedding` serve the linear layer that has its very weight, too.
+
+    Example:
+        >>> tied_methods()
+        ('svd',)
+    """
+    tables = ((method, cls.stages) for (kind, method), cls in TABLE.items() if kind is nn.Embedding)
+    return tuple(method for method, stages in tables if stages is not None and stages.plain)
+
+
 def block_class(first: nn.Module, last: nn.Module, method: str) -> type[FlexibleLayer]:
     """Return the class of the layer that may stand for a block by its first and last layer, or raise a `LayerError`.
 

@@ -23,7 +23,7 @@ from rankfold.planning._refusals import layer_refusal, structural_refusals, with
 from rankfold.planning._rules import INITS, RULES, Init, Select
 from rankfold.planning._search import candidates, plan, planned_metric
 from rankfold.planning._select import Candidates, excess, refusal
-from rankfold.planning._ties import TIED_METHODS, tied_heads
+from rankfold.planning._ties import tied_heads
 
 __all__ = [
     "Blocks",
@@ -42,7 +42,6 @@ __all__ = [
     "SQUARES",
     "Select",
     "SolvedBlock",
-    "TIED_METHODS",
     "block_choice",
     "block_difference",
     "block_modules",

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from rankfold.errors import PlanError
-from rankfold.layers import BLOCKS, Metric, methods_for, refusal, stock_twin
+from rankfold.layers import BLOCKS, Metric, methods_for, refusal, stock_twin, tied_methods
 from rankfold.planning._blocks import Blocks
 from rankfold.planning._budget import QUANTITIES, Budget
 from rankfold.planning._candidates import Job, layer_seed, run
@@ -22,7 +22,7 @@ from rankfold.planning._plan import Choice, Plan, methods
 from rankfold.planning._refusals import layer_refusal, structural_refusals, without_values
 from rankfold.planning._rules import INITS, RULES, Init, Rule, Select, rule_of
 from rankfold.planning._select import Candidates
-from rankfold.planning._ties import TIED_METHODS, as_one, metric_of, tied_heads, times_of, with_partners
+from rankfold.planning._ties import as_one, metric_of, tied_heads, times_of, with_partners
 from rankfold.stats import Stats, count_bytes, count_params, walk
 
 
@@ -281,7 +281,7 @@ def _dense_choices(  # noqa: PLR0913
         unfit = refusal(without_values(layer)) if request.weightless else layer_refusal(name, layer)
         tied = name in ties or name in ties.values()
         structural = "" if tied else refused.get(name)
-        usable = TIED_METHODS if tied else methods_for(layer)
+        usable = tied_methods() if tied else methods_for(layer)
         unusable = _unusable(name, layer, stats, request.methods, usable)
         reasons[name] = structural or unfit or unusable or _untimed(name, stats, request)
     choices = {name: _untouched(name, layer, stats, reasons[name]) for name, layer in layers.items()}
@@ -339,7 +339,7 @@ def _job(  # noqa: PLR0913
         dense=dense,
         calls=stats.layers[name].calls if stats else None,
         batch_size=stats.batch_size if stats else 1,
-        methods=request.methods if head is None else tuple(m for m in request.methods if m in TIED_METHODS),
+        methods=request.methods if head is None else tuple(m for m in request.methods if m in tied_methods()),
         budgeted=request.quantities,
         multiple=request.multiple,
         seed=layer_seed(name, request.seed),

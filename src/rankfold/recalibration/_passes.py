@@ -143,7 +143,8 @@ def solved_part(layer: Any, memory: int) -> str | None:
     """
     if bytes_of(layer) <= memory:
         return ""
-    staged = is_factorised(layer) and layer.method == "svd" and layer.options.get("split", "channel") == "channel"
+    stages = layer.stages if is_factorised(layer) else None
+    staged = stages is not None and stages.plain and stages.is_matrix(layer.options)
     return "up" if staged and bytes_of(layer.up) <= memory else None
 
 
