@@ -8,6 +8,7 @@ from rankfold.layers._embedding import LowRankEmbedding, TiedHead, head_macs
 from rankfold.layers._fan_in import FanIns, fan_ins
 from rankfold.layers._linear import LowRankLinear
 from rankfold.layers._refusal import factorisable, hooks_of, refusal, stock_twin, untwinned
+from rankfold.layers._register import register, registered
 from rankfold.layers._rows import Rows, output_rows, output_size, row_size, rows_of
 from rankfold.layers._table import (
     BLOCKS,
@@ -98,6 +99,8 @@ __all__ = [
     "output_size",
     "pointwise_twin",
     "refusal",
+    "register",
+    "registered",
     "row_size",
     "rows_of",
     "stock_twin",

@@ -45,7 +45,7 @@ def fan_ins(layer: nn.Module) -> FanIns:
         raise LayerError(f"{type(layer).__name__} is no factorised layer: only those have factors with a fan-in each")
     twin: Any = layer
     rules = (rule for kind, rule in _FACTORS.items() if isinstance(layer, kind))
-    factors = next(rules, _of_stages)(twin)
+    factors = next(rules, _of_itself if hasattr(layer, "fan_ins") else _of_stages)(twin)
     return FanIns(_dense_fan_in(stock_type(twin.dense_type), twin), tuple(factors))
 
 
@@ -54,8 +54,22 @@ Factors = Iterator[tuple[nn.Parameter, int]]
 
 def _of_stages(layer: Any) -> Factors:
     """Yield the weights of a chain of stock layers; an output of a look-up is one value."""
+    within = {id(parameter) for stage in layer.children() for parameter in stage.parameters()}
+    lost = [name for name, parameter in layer.named_parameters() if id(parameter) not in within and name != "bias"]
+    stages = [stage for stage in layer.children() if dense_type_of(stage, subclasses=True) is None]
+    if lost or stages:
+        unknown = lost[0] if lost else type(stages[0]).__name__
+        raise LayerError(
+            f"the fan-in of {unknown} in a {type(layer).__name__} is not known: give the class a method fan_ins() that "
+            "returns each factor with the number of values that one of its outputs adds up"
+        )
     for stage in layer.children():
         yield stage.weight, _dense_fan_in(dense_type_of(stage, subclasses=True), stage)
+
+
+def _of_itself(layer: Any) -> Factors:
+    """Yield what a layer says of its own factors."""
+    yield from layer.fan_ins()
 
 
 def _dense_fan_in(row: DenseType | None, layer: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""The closed table (type of dense layer, method) -> factorised layer, and what is asked of any layer through it."""
+"""The table (type of dense layer, method) -> factorised layer, and what is asked of any layer through it."""
 
 from __future__ import annotations
 
@@ -38,9 +38,12 @@ _CLASSES: tuple[Any, ...] = (  # each takes options of its own, where the contra
     *(BTTLinear, KroneckerLinear, TRLinear),
     *(SVDLinear, SVDConv1d, SVDConv2d, SVDConv3d),
 )
-TABLE: Mapping[tuple[type[nn.Module], str], type[FactorisedLayer]] = MappingProxyType(
-    {(layer.dense_type, layer.method): layer for layer in _CLASSES}
-)
+ENTRIES: dict[tuple[type[nn.Module], str], type[FactorisedLayer]] = {
+    (layer.dense_type, layer.method): layer for layer in _CLASSES
+}
+"""What `TABLE` shows. `register` alone adds to it."""
+TABLE: Mapping[tuple[type[nn.Module], str], type[FactorisedLayer]] = MappingProxyType(ENTRIES)
+"""(Type of dense layer, method) -> factorised layer, those of the user's own among them."""
 _FLEXIBLE: tuple[type[FlexibleLayer], ...] = (FlexibleLinear, FlexibleConv1d, FlexibleConv2d, FlexibleConv3d)
 BLOCKS: Mapping[tuple[type[nn.Module], str], type[FlexibleLayer]] = MappingProxyType(
     {(layer.dense_type, layer.method): layer for layer in _FLEXIBLE}
@@ -110,11 +113,17 @@ def block_class(first: nn.Module, last: nn.Module, method: str) -> type[Flexible
 def is_factorised(module: nn.Module) -> bool:
     """Tell whether a module is one of the factorised layers, its factors as they were built: not quantised, say.
 
+    A layer of a user's class is one from the time that the class is registered.
+
     Example:
         >>> is_factorised(LowRankLinear(4, 4, rank=1)), is_factorised(nn.Linear(4, 4))
         (True, False)
     """
-    return _own_type(module) in _CLASSES and not any(map(is_quantised, module.children()))
+    kind: Any = _own_type(module)
+    method, dense_type = getattr(kind, "method", None), getattr(kind, "dense_type", None)
+    if not isinstance(method, str) or not isinstance(dense_type, type) or TABLE.get((dense_type, method)) is not kind:
+        return False
+    return not any(map(is_quantised, module.children()))
 
 
 def _own_type(module: nn.Module) -> type[nn.Module]:

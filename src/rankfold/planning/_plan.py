@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from rankfold.errors import BudgetError, PlanError
+from rankfold.errors import BudgetError, MethodError, PlanError
 from rankfold.layers import BLOCKS, TABLE
 from rankfold.planning._budget import QUANTITIES, Budget, Measured, check_amount, is_real
 from rankfold.planning._metrics import METRICS, WEIGHTS
@@ -65,7 +65,10 @@ class Choice:
 
     def __post_init__(self) -> None:
         if self.method not in methods():
-            raise PlanError(f"unknown method {self.method!r}: the methods are {', '.join(sorted(methods()))}")
+            raise MethodError(
+                f"unknown method {self.method!r}: the methods are {', '.join(sorted(methods()))}; if it is one of your "
+                "own, the class that implements it must be registered with rankfold.layers.register first"
+            )
         object.__setattr__(self, "rank", _checked_rank(self.method, self.rank))
         object.__setattr__(self, "options", _checked_options(self.method, self.options))
         for name in (*QUANTITIES, *_TOTALS):
@@ -84,17 +87,20 @@ def _check_word(what: str, word: Any, table: Mapping[str, Any]) -> None:
         raise PlanError(f"unknown {what} {word!r}: there are {', '.join(table)}")
 
 
-@functools.cache
 def methods() -> frozenset[str]:
     """Return every method that a choice may name, "dense" among them."""
     return frozenset({"dense", *(method for _, method in (*BLOCKS, *TABLE))})
 
 
-@functools.cache
 def _options_of(method: str) -> Mapping[str, str]:
     """Return the keyword-only arguments beside the rank of the layers of a method, and what they are annotated with."""
     classes: set[Any] = {cls for (_, name), cls in (*TABLE.items(), *BLOCKS.items()) if name == method}
-    found = [p for cls in classes for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return {name: kind for cls in classes for name, kind in _arguments_of(cls).items()}
+
+
+@functools.cache
+def _arguments_of(cls: Any) -> Mapping[str, str]:
+    found = [p for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return {p.name: str(p.annotation) for p in found if p.name not in ("rank", "seed", "device", "dtype")}
 
 
@@ -112,11 +118,15 @@ def _checked_rank(method: str, rank: Any) -> Rank | None:
 def _checked_options(method: str, options: Any) -> dict[str, Any]:
     if not isinstance(options, Mapping):
         raise PlanError(f"options of a choice are a mapping, not {options!r}")
+    if not options:
+        return {}
     known = _options_of(method)
     unknown = set(options) - set(known)
     if unknown:
         names = ", ".join(sorted(known)) or "none"
         raise PlanError(f"method {method!r} has no option {sorted(map(str, unknown))[0]!r} (its options: {names})")
+    if taken := {"method", *_FIELDS} & set(options):
+        raise PlanError(f"method {method!r}: an option can't be named {min(taken)!r}, which a plan has a meaning for")
     checked = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     for name, value in checked.items():
         fraction = isinstance(value, float) and "float" in known[name]
@@ -341,4 +351,4 @@ def _read_choice(name: str, data: Any) -> Choice:
     try:
         return Choice(**known, options=options)
     except PlanError as error:
-        raise PlanError(f"layer {name!r} of the plan: {error}") from error
+        raise type(error)(f"layer {name!r} of the plan: {error}") from error
