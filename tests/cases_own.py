@@ -149,6 +149,8 @@ class PairEmbedding(_Pair):
     def __init__(self, num_embeddings, embedding_dim, device=None, dtype=None, *, rank):
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
+        self.scale_grad_by_freq = self.sparse = False
         with torch.random.fork_rng([]):
             self.down = nn.Embedding(num_embeddings, rank, device=device, dtype=dtype)
             self.up = nn.Linear(rank, embedding_dim, bias=False, device=device, dtype=dtype)
