@@ -7,10 +7,13 @@ import types
 import pytest
 
 import rankfold
+import rankfold.testing
 
 
 @pytest.mark.parametrize(
-    "room", [rankfold, rankfold.decompose, rankfold.ranks, rankfold.layers, rankfold.train], ids=lambda m: m.__name__
+    "room",
+    [rankfold, rankfold.decompose, rankfold.ranks, rankfold.layers, rankfold.train, rankfold.testing],
+    ids=lambda m: m.__name__,
 )
 def test_all_is_what_is_visible(room):
     visible = {

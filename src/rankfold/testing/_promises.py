@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -84,7 +85,8 @@ def check_rank_grid(layer: Any, case: Case) -> None:
             require(fits, f"rank {rank!r} of rank_grid(multiple={multiple}) is not a multiple up to the full {full!r}")
     for options in layer.variants(dense):
         require(bool(layer.rank_grid(dense, **options)), f"variants names {dict(options)}, of which no rank pays")
-    empty = dense.to("meta")
+    grid, empty = layer.rank_grid(dense, **case.options), copy.deepcopy(dense).to("meta")
+    require(layer.rank_grid(empty, **case.options) == grid, "rank_grid is another one on the meta device")
     require(layer.full_rank(empty, **case.options) == full, "full_rank is another one on the meta device")
     require(layer.variants(empty) == layer.variants(case.dense), "variants are others on the meta device")
 

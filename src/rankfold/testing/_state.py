@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ def check_mode(layer: Any, case: Case) -> None:
     """Check that dtype, train or eval mode and requires_grad of the dense layer are kept, there and back."""
     rank = case.chosen(layer)
     for dtype in DTYPES:
-        dense, _ = case.twin(dtype)
+        dense, x = case.twin(dtype)
         for what, twin in _twins(layer, dense, rank, case).items():
             found = {p.dtype for p in twin.parameters()}
             require(found == {dtype}, f"parameters of {what} are in {found}, and the dense layer is in {dtype}")
-    for training, weight, bias in ((True, True, False), (False, False, True)):
+            require(twin(x).dtype == dense(x).dtype, f"the output of {what} is {twin(x).dtype} for a layer in {dtype}")
+    for training, (weight, bias) in product((True, False), ((True, False), (False, True))):
         dense, _ = case.twin()
         dense.train(training).weight.requires_grad_(weight)
         if getattr(dense, "bias", None) is not None:
