@@ -14,6 +14,12 @@ from tests.cases_models import params, same_state, state, told
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
 
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    hub.register()
+
+
 TOKENS = torch.randint(2, 60, (2, 7), generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -126,6 +132,19 @@ def test_a_full_rank_generates_what_the_dense_model_does(name):
     small = rf.apply(model, rf.Plan(layers))
     torch.testing.assert_close(logits(small, example), logits(model, example), rtol=1e-3, atol=1e-4)
     assert torch.equal(small.generate(TOKENS, **GENERATE), model.generate(TOKENS, **GENERATE))
+
+
+def test_compressing_a_model_leaves_transformers_as_it_was(monkeypatch, tmp_path):
+    auto = pytest.importorskip("transformers.quantizers.auto")
+    tables = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+    for known in tables:
+        monkeypatch.delitem(known, "rankfold")
+    _, small, _, example = compressed("bert")
+    small.save_pretrained(tmp_path)
+    assert not any("rankfold" in known for known in tables)
+    loaded = hub.from_pretrained(tmp_path)
+    assert all("rankfold" in known for known in tables)
+    torch.testing.assert_close(logits(loaded, example), logits(small, example), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", MODELS)
