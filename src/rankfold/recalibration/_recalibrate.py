@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from rankfold._common import real, track, whole
 from rankfold.errors import DataError
-from rankfold.layers import FlexibleLayer, TiedHead, is_factorised, row_size
-from rankfold.recalibration._passes import Calibration, bytes_of, outputs_of, solved_part
+from rankfold.layers import FlexibleLayer, TiedHead, dense_type_of, is_factorised, output_size, row_size
+from rankfold.recalibration._passes import Calibration, bytes_of, solved_part
 from rankfold.recalibration._refit import refit
 from rankfold.stats import Stats, observing, walk
 from rankfold.surgery import copy_with, with_named_projections
@@ -23,7 +23,6 @@ PATCHES = 64
 LEAST_WEIGHT = 1e-2  # of an output, over the mean of its layer's: gradients of few samples miss what is seldom used
 MEMORY = 2**31
 EPS = 1e-12  # the least damping that float64 resolves
-STOCK = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 DENSE_FIRST = "it comes before the first compressed layer, and gets what it got in the original"
 
 
@@ -265,7 +264,9 @@ def _entrances(small: nn.Module) -> set[str]:
 
 
 def _wanted(layer: nn.Module, include_dense: bool) -> bool:
-    return is_factorised(layer) or isinstance(layer, TiedHead) or (include_dense and type(layer) in STOCK)
+    row = dense_type_of(layer)
+    dense = include_dense and row is not None and row.stock and row.rows != "none"
+    return dense or is_factorised(layer) or isinstance(layer, TiedHead)
 
 
 def _unfit(small: nn.Module, layer: nn.Module, original: nn.Module | None, memory: int) -> str:
@@ -275,7 +276,7 @@ def _unfit(small: nn.Module, layer: nn.Module, original: nn.Module | None, memor
     size = row_size(layer)
     if size is None:
         return f"a {type(layer).__name__} does not multiply its input by a weight"
-    if original is None or row_size(original) != size or outputs_of(original) != outputs_of(layer):
+    if original is None or row_size(original) != size or output_size(original) != output_size(layer):
         return "the original has no layer of this name and size"
     weights = list(layer.parameters())
     if any(p.is_meta or not torch.is_floating_point(p) for p in weights):
