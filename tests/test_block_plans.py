@@ -13,7 +13,7 @@ import rankfold as rf
 from rankfold._common import output_error
 from rankfold.errors import DataError, LayerError, PlanError
 from rankfold.layers import FlexibleConv2d, FlexibleLinear
-from rankfold.pipeline import _work, calibrate
+from rankfold.pipeline import _work, measure_damage
 from rankfold.planning import SolvedBlock, candidates
 from rankfold.planning._joint import STEP, _thinned
 from rankfold.train import flexible_candidates
@@ -190,7 +190,7 @@ def test_convolutions_with_a_normalisation_between_them():
 
 def test_a_calibrated_block_counts_by_what_it_does_to_the_outputs(solved):
     found = candidates(MODEL, stats=STATS, blocks=solved)
-    after = calibrate(found, MODEL, DATA, stats=STATS)
+    after = measure_damage(found, MODEL, DATA, stats=STATS)
     for choice, one in zip(after.blocks["0:2"].choices, solved["0:2"], strict=True):
         small = rf.apply(MODEL, rf.Plan({"0:2": choice}), blocks={"0:2": [one]})
         assert choice.damage == pytest.approx(output_error(MODEL, small, DATA) ** 2, rel=1e-6)

@@ -39,7 +39,7 @@ TRAINED_ON, TESTED_ON = 1297, 500
 BATCH = 64
 HEADS = ("method", "params", "MACs", "one\nshot", "batch\nnorm", "tuned", "ms", "speed-up")
 LEGEND = (
-    "One shot: right after compression. Batch norm: statistics estimated anew. Tuned: trained with the "
+    "One shot: right after compression. Batch norm: statistics re-estimated. Tuned: trained with the "
     f"dense network as the teacher. Milliseconds for {BATCH} images; speed-up over dense with quartiles, one thread, "
     "timed side by side."
 )

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rankfold as rf
-from rankfold.pipeline import calibrate
+from rankfold.pipeline import measure_damage
 from rankfold.planning import Candidates, candidates
 from rankfold.recalibration import recalibrate
 from reproduce import harness
@@ -100,7 +100,7 @@ class Study(Experiment):
                 seed=SEED,
             ),
         )
-        return calibrate(found, self.dense, self.calibration[:2], stats=self.stats) if calibrated else found
+        return measure_damage(found, self.dense, self.calibration[:2], stats=self.stats) if calibrated else found
 
     @torch.no_grad()
     def outputs(self, model: nn.Module) -> Tensor:

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
-from importlib.metadata import version
 from inspect import Parameter, Signature
 from typing import Annotated, Any, ParamSpec, get_type_hints
 
 import typer
 
+from rankfold import __version__
 from rankfold.cli import _commands
 from rankfold.errors import RankfoldError
 
@@ -91,7 +91,7 @@ for _command in (
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"rankfold {version('rankfold')}")
+        typer.echo(f"rankfold {__version__}")
         raise typer.Exit()
 
 

@@ -21,7 +21,7 @@ from rankfold.surgery import apply, replace_block
 POINTS = (0.15, 0.4)  # errors of a layer at which the model is tried
 
 
-def calibrate(
+def measure_damage(
     found: Candidates,
     model: nn.Module,
     loader: Iterable[Any],
@@ -35,7 +35,7 @@ def calibrate(
     Each layer alone is replaced by its choices whose errors are nearest to the points, and the outputs are compared
     with the dense model's. Between the points the damage follows a power of the layer's error, before the first its
     square. Sums of these damages then are in one unit for all layers, whatever stands behind them. A layer that could
-    stand for a block is put in its place, and what that does is its damage.
+    replace a block is put in its place, and what that does is its damage.
 
     Args:
         found: candidates with errors, from `rankfold.planning.candidates`.
@@ -52,7 +52,7 @@ def calibrate(
     Example:
         >>> import torch, rankfold
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 16))
-        >>> found = calibrate(rankfold.planning.candidates(model), model, [torch.randn(64, 16)])
+        >>> found = measure_damage(rankfold.planning.candidates(model), model, [torch.randn(64, 16)])
         >>> found.plan(rankfold.Budget(params=0.7)).objective
         'calibrated'
     """

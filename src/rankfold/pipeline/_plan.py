@@ -11,7 +11,7 @@ from torch import nn
 
 from rankfold.errors import DataError, PlanError
 from rankfold.latency import Timing, time_layers
-from rankfold.pipeline._damage import calibrate
+from rankfold.pipeline._damage import measure_damage
 from rankfold.pipeline._latency_check import plan_in_time
 from rankfold.pipeline._work import Data, Work, work_for_planning
 from rankfold.planning import AUTO, CALIBRATED, SQUARES, Budget, Candidates, Plan, Planning, candidates, rule_of
@@ -136,7 +136,7 @@ def _candidates(work: Work, quantities: Sequence[str]) -> Candidates:
         return found
     limit = TRIED if planning.batches is None else min(TRIED, planning.batches)
     try:
-        return calibrate(found, work.model, data.loader, stats=work.stats, batches=limit)
+        return measure_damage(found, work.model, data.loader, stats=work.stats, batches=limit)
     except DataError:
         if automatic:  # outputs that can't be compared say nothing of the layers
             return found

@@ -19,14 +19,14 @@ from rankfold.planning._choice import Choice
 from rankfold.planning._joint import Contest, check_blocks
 from rankfold.planning._layer import fitting, layer_seed, run
 from rankfold.planning._metrics import AUTO, METRICS, check_stats
-from rankfold.planning._names import near, selected
+from rankfold.planning._names import selected
 from rankfold.planning._objectives import CALIBRATED, OBJECTIVES, SQUARES
 from rankfold.planning._plan import Plan
 from rankfold.planning._planning import MethodName, MetricName, ObjectiveName, Planning, plannable
 from rankfold.planning._refusals import layer_refusal, structural_refusals, without_values
 from rankfold.planning._rules import INITS, RULES, Init, RuleName, Select, rule_of
-from rankfold.planning._select import Candidates, excess, refusal
-from rankfold.planning._ties import TIED_METHODS, tied_heads
+from rankfold.planning._select import Candidates, budget_error, excess
+from rankfold.planning._ties import tied_heads
 
 __all__ = [
     "AUTO",
@@ -54,7 +54,6 @@ __all__ = [
     "SQUARES",
     "Select",
     "SolvedBlock",
-    "TIED_METHODS",
     "block_choice",
     "block_difference",
     "block_modules",
@@ -68,10 +67,9 @@ __all__ = [
     "is_block",
     "layer_refusal",
     "layer_seed",
-    "near",
     "plannable",
     "planned_metric",
-    "refusal",
+    "budget_error",
     "rule_of",
     "run",
     "selected",

@@ -1,4 +1,4 @@
-"""Blocks: several modules in a row that one layer stands for, named "first:last" in a plan."""
+"""Blocks: several modules in a row that one layer replaces, named "first:last" in a plan."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 from torch import nn
 
+from rankfold._common import near
 from rankfold.errors import LayerError, PlanError
 from rankfold.layers import BLOCKS, block_class, pointwise_twin, stock_twin
 from rankfold.planning._amounts import Amounts
 from rankfold.planning._choice import Choice
-from rankfold.planning._names import near
 from rankfold.stats import Stats, count_bytes, count_params, walk
 
 
 @dataclass(frozen=True, eq=False)
 class SolvedBlock:
-    """A layer that was found to stand for a block of a model.
+    """A layer that was found to replace a block of a model.
 
     Attributes:
         layer: a `rankfold.layers.FlexibleLinear`, or one over channels.
@@ -36,7 +36,7 @@ Blocks = Mapping[str, Sequence[SolvedBlock]]
 
 
 def is_block(choice: Choice) -> bool:
-    """Tell whether a choice stands for a whole block, its name then being "first:last"."""
+    """Tell whether a choice is that of a whole block, whose name is "first:last"."""
     return any(choice.method == method for _, method in BLOCKS)
 
 

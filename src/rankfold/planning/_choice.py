@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rankfold.errors import PlanError
-from rankfold.layers import BLOCKS, TABLE
-from rankfold.planning._amounts import Amounts, is_real
+from rankfold._common import one_of
+from rankfold.errors import MethodError, PlanError
+from rankfold.layers import BLOCKS, TABLE, Rank
+from rankfold.planning._amounts import QUANTITIES, Amounts, is_real
 from rankfold.planning._metrics import METRICS
 
-Rank = int | tuple[int, ...]
+PREDICTED = (*QUANTITIES, "error", "damage")  # what belongs to one method, rank and options
+DENSE = tuple(f"dense_{quantity}" for quantity in QUANTITIES)
+RESERVED = {"method", "rank", "reason", "metric", "for", *PREDICTED, *DENSE}  # keys of a choice in a plan's JSON
 
 
 @dataclass(frozen=True)
@@ -51,18 +54,21 @@ class Choice:
 
     def __post_init__(self) -> None:
         if self.method not in methods():
-            raise PlanError(f"unknown method {self.method!r}: the methods are {', '.join(sorted(methods()))}")
+            raise MethodError(
+                f"unknown method {self.method!r}: the methods are {', '.join(sorted(methods()))}; if it is one of your "
+                "own, the class that implements it must be registered with rankfold.layers.register first"
+            )
         object.__setattr__(self, "rank", _checked_rank(self.method, self.rank))
         object.__setattr__(self, "options", _checked_options(self.method, self.options))
         self.amounts.check("a choice")
         self.dense.check("a choice", "dense_")
         for name in ("error", "damage"):
             if getattr(self, name) is not None and not is_real(getattr(self, name)):
-                raise PlanError(f"{name} of a choice is a finite number >= 0, not {getattr(self, name)!r}")
+                raise PlanError(f"{name} of a choice must be a finite number >= 0, got {getattr(self, name)!r}")
         if self.metric != "":
-            check_word("metric", self.metric, METRICS)
+            one_of("metric", self.metric, METRICS, error=PlanError)
         if not isinstance(self.reason, str):
-            raise PlanError(f"reason of a choice is a text, not {self.reason!r}")
+            raise PlanError(f"reason of a choice must be a text, got {self.reason!r}")
 
     @property
     def params(self) -> int | None:
@@ -97,23 +103,20 @@ def joined(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def check_word(what: str, word: Any, table: Collection[str]) -> None:
-    """Raise a `PlanError` where a word is none of a table's."""
-    if not isinstance(word, str) or word not in table:
-        raise PlanError(f"unknown {what} {word!r}: there are {', '.join(table)}")
-
-
-@functools.cache
 def methods() -> frozenset[str]:
     """Return every method that a choice may name, "dense" among them."""
     return frozenset({"dense", *(method for _, method in (*BLOCKS, *TABLE))})
 
 
-@functools.cache
 def _options_of(method: str) -> Mapping[str, str]:
-    """Return the keyword-only arguments beside the rank of the layers of a method, and what they are annotated with."""
+    """Return the keyword-only arguments other than the rank of a method's layers, with their annotations."""
     classes: set[Any] = {cls for (_, name), cls in (*TABLE.items(), *BLOCKS.items()) if name == method}
-    found = [p for cls in classes for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return {name: kind for cls in classes for name, kind in _arguments_of(cls).items()}
+
+
+@functools.cache
+def _arguments_of(cls: Any) -> Mapping[str, str]:
+    found = [p for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return {p.name: str(p.annotation) for p in found if p.name not in ("rank", "seed", "device", "dtype")}
 
 
@@ -124,22 +127,26 @@ def _checked_rank(method: str, rank: Any) -> Rank | None:
         return None
     ranks = tuple(rank) if isinstance(rank, list | tuple) else (rank,)
     if not ranks or any(type(r) is not int or r < 1 for r in ranks):
-        raise PlanError(f"rank of method {method!r} is an int >= 1 or a tuple of them, not {rank!r}")
+        raise PlanError(f"rank of method {method!r} must be an int >= 1 or a tuple of them, got {rank!r}")
     return ranks if isinstance(rank, list | tuple) else ranks[0]
 
 
 def _checked_options(method: str, options: Any) -> dict[str, Any]:
     if not isinstance(options, Mapping):
-        raise PlanError(f"options of a choice are a mapping, not {options!r}")
+        raise PlanError(f"options of a choice must be a mapping, got {options!r}")
+    if not options:
+        return {}
     known = _options_of(method)
     unknown = set(options) - set(known)
     if unknown:
         names = ", ".join(sorted(known)) or "none"
         raise PlanError(f"method {method!r} has no option {sorted(map(str, unknown))[0]!r} (its options: {names})")
+    if taken := RESERVED & set(options):
+        raise PlanError(f"method {method!r}: an option can't be named {min(taken)!r}, which a plan has a meaning for")
     checked = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     for name, value in checked.items():
         fraction = isinstance(value, float) and "float" in known[name]
         numbers = isinstance(value, tuple) and not {*map(type, value)} - {int}
         if not (isinstance(value, str | int) or fraction or numbers):
-            raise PlanError(f"option {name}={value!r} is neither a word, a whole number, a flag nor a list of numbers")
+            raise PlanError(f"option {name} must be a word, a whole number, a flag or a list of numbers, got {value!r}")
     return checked

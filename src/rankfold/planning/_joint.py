@@ -28,7 +28,7 @@ COMPARED = "outputs"  # the metric whose errors are those of a block's values
 
 @dataclass(frozen=True, eq=False)
 class Contest:
-    """A block that one layer could stand for, against the layers that it would stand for.
+    """A block that one layer could replace, against the layers that it would replace.
 
     Attributes:
         members: names of the block's layers.
@@ -76,11 +76,11 @@ def check_blocks(rule: Any, quantities: Sequence[str], metric: str, init: str) -
 def contests(
     model: nn.Module, blocks: Blocks, dense: Mapping[str, Choice], stats: Stats | None, settings: tuple[Any, str]
 ) -> dict[str, Contest]:
-    """Return every block with what could stand for it; settings are the quantities budgeted and the objective.
+    """Return every block with what could replace it; settings are the quantities budgeted and the objective.
 
     Raises:
         PlanError: a block is unknown, overlaps with another one, has a layer that is not to be changed, or is given
-            something else than layers solved for it.
+            anything other than layers solved for it.
     """
     if not isinstance(blocks, Mapping):
         raise PlanError(

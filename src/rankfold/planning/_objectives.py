@@ -29,7 +29,7 @@ OBJECTIVES: Mapping[str, Damage | None] = MappingProxyType(
         "energy": _energy,
         LOSS: lambda error, weight: weight * error**2,
         TEMPERED: lambda error, weight: math.sqrt(weight) * error**2,
-        CALIBRATED: None,  # the terms are measured, by `calibrate`
+        CALIBRATED: None,  # the terms are measured, by `measure_damage`
     }
 )
 

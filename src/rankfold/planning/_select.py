@@ -17,7 +17,7 @@ from rankfold.planning._ties import FOLLOWS
 
 KEPT = "dense is the rule's choice within this budget"
 ROUNDING = 1 + 1e-9  # of sums of seconds in another order
-NAMED = 3  # so many layers that stand in the way of a budget are put in an error
+NAMED = 3  # layers in the way of a budget that an error lists
 UNPAID = "no rank of {} costs less than the layer itself"
 UNTIMED = "no rank of {} was measured faster than the layer itself"
 
@@ -32,7 +32,7 @@ class Candidates:
         rule: how one choice per layer is selected.
         methods: the methods that were tried.
         quantities: what a budget must limit.
-        blocks: per name of a block, the layers that could stand for it.
+        blocks: per name of a block, the layers that could replace it.
 
     Example:
         >>> import torch
@@ -69,7 +69,7 @@ class Candidates:
         choices = _explained(self._select(whole), self.layers, unpaid)
         result = replace(whole, layers=in_place(choices, whole.layers, self.blocks))
         if excess(result):  # it is the cheapest that the rule found
-            raise refusal(result, self.rule.name)
+            raise budget_error(result, self.rule.name)
         return result
 
     def _select(self, whole: Plan) -> dict[str, Choice]:
@@ -86,7 +86,7 @@ class Candidates:
         return choices
 
     def slower(self, factor: float) -> Candidates:
-        """Return the candidates as they are where all layers, dense or not, take so many times as long in the model."""
+        """Return the candidates with the times of all layers, dense or not, multiplied by a factor."""
         layers = {name: tuple(_slower(choice, factor) for choice in choices) for name, choices in self.layers.items()}
         dense = {name: _slower(choice, factor) for name, choice in self.whole.layers.items()}
         return replace(self, layers=layers, whole=replace(self.whole, layers=dense))
@@ -101,7 +101,7 @@ def _slower(choice: Choice, factor: float) -> Choice:
 
 
 def _limits(whole: Plan, changeable: Mapping[str, Choice]) -> dict[str, float]:
-    """Return what the budget leaves for what may change, given as it is: its share of the whole less all the rest."""
+    """Return the limits on the layers that may change: the budget of the whole model less what the rest takes."""
     limits = {}
     for quantity, allowed in _allowed(whole).items():
         own = sum(choice.amounts[quantity] for choice in changeable.values())
@@ -113,7 +113,7 @@ def _allowed(whole: Plan) -> dict[str, float]:
     """Return the budget in absolute numbers."""
     limits = whole.budget.limits if whole.budget else {}
     exact = {quantity: fraction * whole.dense[quantity] for quantity, fraction in limits.items()}
-    # The millionth lets a fraction that was computed from a whole number reach that number.
+    # Plus a millionth: a fraction computed from a whole number must reach that number despite rounding.
     return {quantity: x if quantity == "latency" else int(x + 1e-6) for quantity, x in exact.items()}
 
 
@@ -136,7 +136,7 @@ def _explained(choices: Mapping[str, Choice], candidates: Choices, unpaid: str) 
     return explained
 
 
-def refusal(closest: Plan, rule: str) -> BudgetError:
+def budget_error(closest: Plan, rule: str) -> BudgetError:
     """Return the error of a budget that can't be met, with the plan of that budget that a rule came closest with."""
     limits = closest.budget.limits if closest.budget else {}
     allowed = _allowed(closest)
@@ -171,5 +171,5 @@ def _reached(result: Plan, quantity: str) -> str:
     share, told = value / dense, f"{amount(quantity, value)} of {amount(quantity, dense)}"
     if quantity == "latency" and result.measured:
         share, told = min(1.0, result.measured.kept), f"measured: {result.measured}"  # the dense model is always there
-    # Rounded up, so that the value that is read off the message is reachable.
+    # Rounded up, so that the value in the message can be reached.
     return f"{quantity}={math.ceil(share * 10_000) / 10_000:.4f} ({told})"

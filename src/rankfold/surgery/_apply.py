@@ -6,25 +6,24 @@ from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rankfold._common import near, one_of
 from rankfold.errors import LayerError, PlanError, RankfoldError
 from rankfold.layers import (
     FactorisedLayer,
-    LowRankEmbedding,
     Metric,
     TiedHead,
     is_factorised,
     refusal,
+    tied_methods,
     untwinned,
 )
 from rankfold.planning import (
     INITS,
-    TIED_METHODS,
     Blocks,
     Choice,
     Init,
@@ -36,7 +35,6 @@ from rankfold.planning import (
     fresh_block,
     is_block,
     layer_seed,
-    near,
     planned_metric,
     run,
     solved_block,
@@ -48,7 +46,7 @@ from rankfold.planning import (
 from rankfold.stats import Stats, walk
 from rankfold.surgery._attention import joined_attention, with_named_projections
 from rankfold.surgery._copies import copy_with
-from rankfold.surgery._huggingface import register, remember
+from rankfold.surgery._huggingface import remember
 
 DENSE_TYPE = "_dense_type"  # the entry in a factorised layer of what it replaced, where that was no stock layer
 
@@ -84,7 +82,8 @@ def apply(
     several places is replaced in all of them by one. Where a layer inside an `nn.TransformerEncoderLayer`
     is replaced, the copy's fused inference path, which reads dense weights, is switched off. Where the plan names
     a projection of an `nn.MultiheadAttention` ("attention.q_proj"), that attention is separated first, as
-    `separate_attention` does.
+    `separate_attention` does. A Hugging Face model keeps the plan in its configuration, which `save_pretrained`
+    writes; to load such a folder, see `rankfold.hub`.
 
     Args:
         model: the model that the plan was made for, or one of the same shape.
@@ -109,8 +108,7 @@ def apply(
     """
     how = plan.planning or Planning()
     init, seed = how.init if init is None else init, how.seed if seed is None else seed
-    if init not in INITS:
-        raise PlanError(f"init={init!r} is neither 'decompose' nor 'random'")
+    one_of("init", init, INITS, error=PlanError)
     if blocks and init == "random":
         raise PlanError("blocks= hold values that were found, and init='random' draws others: leave one of them out")
     model = with_named_projections(model, plan.layers)
@@ -130,9 +128,7 @@ def apply(
         if job.name in followers:
             replaced |= _following(new, followers[job.name], job)
     small = copy_with(model, replaced)
-    if remember(small):
-        with suppress(RankfoldError):  # an old version of transformers, which `rankfold.hub` would speak of
-            register(partial(apply, init="random"))
+    remember(small)
     return small
 
 
@@ -171,9 +167,9 @@ def densify(model: nn.Module, *, methods: str | Collection[str] = ()) -> nn.Modu
         'Linear'
     """
     wanted = (methods,) if isinstance(methods, str) else methods
-    found = [layer for _, layer in walk(model) if is_factorised(layer)]
+    found: list[Any] = [layer for _, layer in walk(model) if is_factorised(layer)]
     dense: dict[int, Any] = {id(layer): _dense(layer) for layer in found if not wanted or layer.method in wanted}
-    tables = {id(m.down): dense[id(m)] for m in model.modules() if isinstance(m, LowRankEmbedding) and id(m) in dense}
+    tables = {id(layer.down): dense[id(layer)] for layer in found if id(layer) in dense and _may_be_tied(layer)}
     for head in [module for module in model.modules() if isinstance(module, TiedHead)]:
         if id(head.down) in tables or not wanted:
             new: Any = _dense(head)
@@ -184,12 +180,16 @@ def densify(model: nn.Module, *, methods: str | Collection[str] = ()) -> nn.Modu
     return copied if wanted else joined_attention(copied)
 
 
+def _may_be_tied(layer: Any) -> bool:
+    return layer.dense_type is nn.Embedding and layer.method in tied_methods()
+
+
 def _following(embedding: Any, head: Any, job: _Replacement) -> dict[int, Any]:
     """Return what takes the place of the head of an embedding, and of its bias wherever else that is held."""
     bias: Any = False
     if head.bias is not None:
         bias = True if job.init == "random" else _corrected(head, embedding, job.metric)
-    new = embedding.tied_head(bias).train(head.training)
+    new: Any = TiedHead(embedding, bias).train(head.training)
     if head.bias is not None:
         new.bias.requires_grad_(head.bias.requires_grad)
     return {id(head): new} | _bias_of(head, new)
@@ -241,8 +241,8 @@ def _checked(  # noqa: PLR0913
         if reason:
             raise PlanError(f"layer {name!r} ({type(layer).__name__}) can't be replaced: {reason}")
         head = heads.get(name)
-        if head is not None and choice.method not in TIED_METHODS:
-            known = " or ".join(TIED_METHODS)
+        if head is not None and choice.method not in tied_methods():
+            known = " or ".join(tied_methods())
             raise PlanError(f"layer {name!r} is tied with {head!r}: {known} can replace both, {choice.method!r} can't")
         metric = planned_metric(plan, name, stats, layers, head) if init == "decompose" else None
         jobs.append(_checked_job(name, layer, choice, init, seed, metric))
