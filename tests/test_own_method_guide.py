@@ -52,7 +52,7 @@ def test_its_row_of_tests_can_fail(names, check):
 def test_the_planner_did_what_the_page_says(names):
     assert type(names["small"][0]) is names["BlockLinear"]
     plan = names["plan"]
-    assert plan.params <= 0.4 * plan.dense_params
+    assert plan.params <= 0.4 * plan.dense.params
     ranks = [rank for rank in range(1, 64) if rank * (64 + 192) <= plan.layers["0"].params]
     (error,) = LowRankLinear.errors(names["model"][0], ranks[-1:])
     assert (ranks[-1], round(error, 2)) == (12, 0.47)

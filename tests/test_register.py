@@ -284,3 +284,10 @@ def test_the_command_line_knows_what_the_models_module_registers(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert '"method": "pair"' in (tmp_path / "plan.json").read_text()
+    for words in (["compress", "shop:model", "--plan", "plan.json"], ["report", "shop:model", "small.safetensors"]):
+        words += ["--out", "small.safetensors"] if words[0] == "compress" else ["--example", "1,24"]
+        done = subprocess.run(
+            [sys.executable, "-m", "rankfold", *words], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "pair" in done.stdout

@@ -1,4 +1,4 @@
-"""Plumbing without a meaning of its own: batches, modes, atomic files, tensor files, progress, typing."""
+"""Plumbing without a meaning of its own: batches, modes, atomic files, tensor files, tables, progress, typing."""
 
 from rankfold._common._atomic import atomic_path
 from rankfold._common._batches import (
@@ -14,6 +14,7 @@ from rankfold._common._batches import (
 from rankfold._common._modes import evaluating, modes_kept
 from rankfold._common._outputs import OutputError, output_error, output_tensors
 from rankfold._common._progress import track
+from rankfold._common._tables import html_table, text_table
 from rankfold._common._tensorfile import json_text, read_tensors, read_texts, write_tensors
 from rankfold._common._typing import Float
 
@@ -28,6 +29,7 @@ __all__ = [
     "evaluating",
     "example_arguments",
     "first_tensor",
+    "html_table",
     "json_text",
     "modes_kept",
     "output_error",
@@ -35,6 +37,7 @@ __all__ = [
     "read_tensors",
     "read_texts",
     "tensors_in",
+    "text_table",
     "to_device",
     "track",
     "write_tensors",

@@ -1,4 +1,4 @@
-"""What the words of the command line stand for: models, weights, examples, data, functions."""
+"""What the words of the command line name: models, weights, examples, data, functions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONVERT = (
 
 
 class SourceError(RankfoldError):
-    """A word of the command line stands for nothing usable."""
+    """A word of the command line names nothing usable."""
 
 
 def function_of(spec: str) -> Callable[..., Any]:
@@ -91,6 +91,12 @@ ZOOS: Mapping[str, Callable[[str], nn.Module]] = MappingProxyType(
     {"torchvision": _torchvision, "timm": _timm, "hf": _hugging_face}
 )
 RANDOM = frozenset({"torchvision", "timm"})
+
+
+def import_module_of(spec: str) -> None:
+    """Import the module that names a model: it may register methods that plans and words of the command line name."""
+    if spec.partition(":")[0] not in ZOOS:
+        function_of(spec)
 
 
 def model_of(spec: str, weights: Path | None, device: str) -> nn.Module:

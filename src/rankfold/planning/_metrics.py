@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -15,8 +15,8 @@ from rankfold.errors import PlanError
 from rankfold.layers import Call, Metric
 from rankfold.stats import Stats, count_params
 
-WEIGHTS = "weights"
-AUTO = "auto"
+WEIGHTS: Final = "weights"
+AUTO: Final = "auto"
 ASVD_POWER = 0.5  # the alpha that Yuan et al. found the best
 
 
@@ -71,7 +71,7 @@ METRICS: Mapping[str, Grade] = MappingProxyType(
 
 
 def metric_name(name: Any, stats: Stats | None) -> str:
-    """Return the metric that a name stands for: for "auto", the outputs where the statistics hold moments.
+    """Return the metric of a name: for "auto", the outputs where the statistics hold moments.
 
     Raises:
         PlanError: no such metric, or the statistics lack what it needs.

@@ -18,9 +18,7 @@ from rankfold.layers import (
     Metric,
     TiedHead,
     is_factorised,
-    layer_class,
     refusal,
-    stock_twin,
     tied_methods,
     untwinned,
 )
@@ -30,8 +28,10 @@ from rankfold.planning import (
     Choice,
     Init,
     Plan,
+    Planning,
     block_modules,
     check_stats,
+    fitting,
     fresh_block,
     is_block,
     layer_seed,
@@ -70,8 +70,8 @@ def apply(
     plan: Plan,
     *,
     stats: Stats | None = None,
-    init: Init = "decompose",
-    seed: int = 0,
+    init: Init | None = None,
+    seed: int | None = None,
     executor: Executor | None = None,
     blocks: Blocks | None = None,
 ) -> nn.Module:
@@ -89,8 +89,9 @@ def apply(
         model: the model that the plan was made for, or one of the same shape.
         plan: what becomes of each layer.
         stats: what the plan was made from, where its metric is of anything but the weights.
-        init: "decompose" the weights, or draw them at "random" to train from scratch.
-        seed: seed of whatever is random in a decomposition or an initialisation; that of `plan` gives its errors.
+        init: "decompose" the weights, or draw them at "random" to train from scratch; by default what was planned.
+        seed: seed of whatever is random in a decomposition or an initialisation; by default that of the plan, which
+            gives its errors.
         executor: build layers in parallel in this executor's workers; the result is the same.
         blocks: what the plan was made from, where it chose a layer for a block: a plan names it, and holds no values.
 
@@ -105,6 +106,8 @@ def apply(
         >>> small[0].rank, model[0].weight.shape
         (8, torch.Size([64, 64]))
     """
+    how = plan.planning or Planning()
+    init, seed = how.init if init is None else init, how.seed if seed is None else seed
     if init not in INITS:
         raise PlanError(f"init={init!r} is neither 'decompose' nor 'random'")
     if blocks and init == "random":
@@ -291,22 +294,8 @@ def _unfit(layer: nn.Module, init: Init) -> str | None:
 def _checked_job(
     name: str, layer: nn.Module, choice: Choice, init: Init, seed: int, metric: Metric | None
 ) -> _Replacement:
-    try:
-        dense = stock_twin(layer)
-        cls = layer_class(dense, choice.method)
-        full = cls.full_rank(dense, **choice.options)
-        _check_rank(choice.rank, full)
-    except (TypeError, RankfoldError) as error:
-        raise PlanError(f"layer {name!r} ({type(layer).__name__}) and the plan: {error}") from error
+    dense, cls = fitting(name, layer, choice)
     return _Replacement(name, dense, cls, choice, init, layer_seed(name, seed), metric)
-
-
-def _check_rank(rank: Any, full: Any) -> None:
-    ranks, limits = (value if isinstance(value, tuple) else (value,) for value in (rank, full))
-    if isinstance(rank, tuple) != isinstance(full, tuple) or len(ranks) != len(limits):
-        raise PlanError(f"rank {rank!r} has another form than the full rank {full!r}")
-    if any(given > limit for given, limit in zip(ranks, limits, strict=True)):
-        raise PlanError(f"rank {rank!r} is beyond the full rank {full!r}: choose one up to it, or leave it dense")
 
 
 def _build(job: _Replacement) -> nn.Module:
