@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +20,7 @@ from rankfold.latency import Timing, time_layers
 from rankfold.latency import _layers as timings
 from rankfold.layers import Stages, TiedHead, is_factorised, layer_class, methods_for, register, registered
 from rankfold.planning import tied_heads
+from rankfold.planning._layer import Job, grid, untouched
 from rankfold.recalibration import recalibrate
 from rankfold.train import parameter_groups
 from tests.cases_models import Tied
@@ -149,6 +151,15 @@ def test_workers_need_not_know_the_class(own):
         small = rf.apply(network(), plan, executor=executor)
     assert plan == rf.plan(network(), budget=rf.Budget(params=0.6), methods="pair")
     assert type(small[0]) is PairLinear
+
+
+def test_a_worker_that_does_not_know_the_class_leaves_nothing_out():
+    layer = nn.Linear(24, 40)
+    with registered(PairLinear):
+        job = pickle.dumps(Job("0", layer, untouched("0", layer, None), None, 1, methods=("pair",)))
+        assert len(grid(pickle.loads(job))) > 1
+    with pytest.raises(MethodError, match="unknown method 'pair'"):
+        grid(pickle.loads(job))
 
 
 def test_learning_rates_follow_the_fan_in_of_stages(own):
