@@ -402,7 +402,7 @@ def test_errors_are_one_clear_line(case):
 def test_errors_about_a_compressed_file():
     small = compressed()
     assert "no format 'xyz'" in fails("export", "shop:model", small, *SIZES, "--out", "a.xyz")
-    assert "no runtime 'tpu'" in fails("report", "shop:model", small, *SIZES, "--runtime", "tpu")
+    assert "got 'tpu'" in fails("report", "shop:model", small, *SIZES, "--runtime", "tpu")
     assert "0.003" in fails("export", "shop:model", small, *SIZES, "--out", "a.pt2", "--tolerance=-0.003")
     assert fails("report", "shop:tokens", small, *SIZES)
 

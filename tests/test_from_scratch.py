@@ -228,7 +228,7 @@ def test_a_rule_that_reads_weights_is_refused(rule):
 
 
 def test_an_unknown_initialisation_is_refused():
-    with pytest.raises(PlanError, match="init='zeros'"):
+    with pytest.raises(PlanError, match="init must be 'decompose' or 'random', got 'zeros'"):
         planned("mlp", init="zeros")
 
 

@@ -1,6 +1,7 @@
 """Is a budget on latency or bytes kept: by the table, by the whole model, and never by a slower one?"""
 
 import json
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 
 import rankfold as rf
 from rankfold.errors import DataError, PlanError
-from rankfold.latency import Timing, time_layers
+from rankfold.latency import RUNTIMES, RuntimeRow, Timing, eager, time_layers
 from rankfold.latency import _layers as timings
+from rankfold.latency._runtimes import runtime_of
 from rankfold.pipeline import _latency_check as promises
 from rankfold.pipeline import plan_in_time
 from rankfold.planning import Measured, candidates
@@ -419,3 +421,38 @@ def test_editing_keeps_what_is_known_of_the_dense_layer():
     plan = measured_plan().with_choice("0", rf.Choice("svd", rank=2, amounts=rf.planning.Amounts(1, 1, 4, 0.25)))
     assert plan.layers["0"].dense.latency == 1.0
     assert plan.latency == pytest.approx(plan.layers["1"].latency + 0.25)
+
+
+class Rehearsal(FakeClock):
+    """The same clock, which also runs every model once."""
+
+    def __call__(self, models, example, *, runtime="eager", **options):
+        for model in models.values():
+            runtime_of(runtime).model(model, example)()
+        return super().__call__(models, example, runtime=runtime, **options)
+
+
+def test_a_runtime_is_one_row(monkeypatch, tmp_path):
+    ran = {"model": 0, "layer": 0}
+
+    def counting(kind):
+        def mine(model, example):
+            ran[kind] += 1
+            return eager(model, example)
+
+        return mine
+
+    row = RuntimeRow(counting("model"), counting("layer"), library="numpy")
+    monkeypatch.setattr("rankfold.latency._runtimes.RUNTIMES", {**RUNTIMES, "mine": row})
+    clock = Rehearsal()
+    for place in (timings, promises):
+        monkeypatch.setattr(place, "time_models", clock)
+    model, timing = mlp(64, 64, 64).eval(), Timing("mine", cache=tmp_path)
+    times = time_layers(model, rf.measure(model, example=X), example=X, timing=timing).times
+    assert (times.setting.runtime, times.setting.library) == ("mine", version("numpy"))
+    assert ran["model"] == 1
+    assert ran["layer"] > 2
+    small, plan = rf.compress(model, example=X, budget=rf.Budget(latency=0.6), timing=timing)
+    assert plan.measured.setting.startswith("mine")
+    assert plan.latency <= 0.6 * plan.dense.latency
+    assert ran["model"] > 1

@@ -95,7 +95,7 @@ def test_rank_beyond_full(layer, options):
 
 
 def test_bad_options_are_named():
-    with pytest.raises(LayerError, match="split='diagonal'"):
+    with pytest.raises(LayerError, match="split must be 'channel' or 'spatial', got 'diagonal'"):
         layers.LowRankConv2d(4, 4, 3, rank=1, split="diagonal")
     with pytest.raises(LayerError, match="1-D"):
         layers.LowRankConv1d(4, 4, 3, rank=1, split="spatial")

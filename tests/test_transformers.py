@@ -10,11 +10,17 @@ from torch import nn
 import rankfold as rf
 from rankfold import hub
 from rankfold.errors import RankfoldError
-from rankfold.layers import LowRankLinear, is_factorised, registered
+from rankfold.layers import LowRankLinear, is_factorised
 from tests.cases_models import params, same_state, state, told
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    hub.register()
+
 
 TOKENS = torch.randint(2, 60, (2, 7), generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -128,6 +134,19 @@ def test_a_full_rank_generates_what_the_dense_model_does(name):
     small = rf.apply(model, rf.Plan(layers))
     torch.testing.assert_close(logits(small, example), logits(model, example), rtol=1e-3, atol=1e-4)
     assert torch.equal(small.generate(TOKENS, **GENERATE), model.generate(TOKENS, **GENERATE))
+
+
+def test_compressing_a_model_leaves_transformers_as_it_was(monkeypatch, tmp_path):
+    auto = pytest.importorskip("transformers.quantizers.auto")
+    tables = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+    for known in tables:
+        monkeypatch.delitem(known, "rankfold")
+    _, small, _, example = compressed("bert")
+    small.save_pretrained(tmp_path)
+    assert not any("rankfold" in known for known in tables)
+    loaded = hub.from_pretrained(tmp_path)
+    assert all("rankfold" in known for known in tables)
+    torch.testing.assert_close(logits(loaded, example), logits(small, example), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -343,11 +362,11 @@ def test_timms_attention_is_planned():
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_layers_of_ones_own_are_saved_and_loaded(name, tmp_path):
     """Conv1D among them, and embeddings with a tied head."""
-    with registered(PairLinear, PairEmbedding):
+    with rf.layers.registered(PairLinear, PairEmbedding):
         _, small, _, example = compressed(name, methods="pair")
         small.save_pretrained(tmp_path)
         loaded = hub.from_pretrained(tmp_path)
         assert any(type(module) is PairEmbedding for module in loaded.modules())
         torch.testing.assert_close(logits(loaded.eval(), example), logits(small, example), rtol=0, atol=0)
-    with pytest.raises(RankfoldError, match="unknown method 'pair'.* registered with rankfold.layers.register"):
+    with pytest.raises(RankfoldError, match="registered with rankfold.layers.register, got 'pair'"):
         hub.from_pretrained(tmp_path)

@@ -339,9 +339,9 @@ def test_recompute_compares_intermediates_with_input_and_output():
 
 @pytest.mark.parametrize("recompute", [-1, float("nan"), float("inf"), True, "always"])
 def test_a_recompute_that_is_no_factor_is_refused(recompute):
-    with pytest.raises(LayerError, match="recompute="):
+    with pytest.raises(LayerError, match="recompute must be a number >= 0, got"):
         TTLinear(12, 12, rank=2, recompute=recompute)
-    with pytest.raises(LayerError, match="recompute="):
+    with pytest.raises(LayerError, match="recompute must be a number >= 0, got"):
         TTConv2d.rank_grid(nn.Conv2d(12, 12, 3), recompute=recompute)
 
 

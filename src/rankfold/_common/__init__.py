@@ -1,4 +1,4 @@
-"""Plumbing without a meaning of its own: batches, modes, atomic files, tensor files, tables, progress, typing."""
+"""Plumbing without a meaning of its own: batches, modes, atomic files, tensor files, tables, checks, bars, typing."""
 
 from rankfold._common._atomic import atomic_path
 from rankfold._common._batches import (
@@ -11,6 +11,7 @@ from rankfold._common._batches import (
     tensors_in,
     to_device,
 )
+from rankfold._common._checks import near, one_of, real, whole
 from rankfold._common._modes import evaluating, modes_kept
 from rankfold._common._outputs import OutputError, output_error, output_tensors
 from rankfold._common._progress import track
@@ -32,13 +33,17 @@ __all__ = [
     "html_table",
     "json_text",
     "modes_kept",
+    "near",
+    "one_of",
     "output_error",
     "output_tensors",
+    "real",
     "read_tensors",
     "read_texts",
     "tensors_in",
     "text_table",
     "to_device",
     "track",
+    "whole",
     "write_tensors",
 ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rankfold._common import one_of
 from rankfold.decompose._bases import ELEMENTS, Shapes, quantile_knots
 from rankfold.decompose._coupled_model import Problem, State, coordinates, normalised
 from rankfold.decompose._cp import cp
@@ -32,8 +33,7 @@ class Neurons:
     activation: str = "relu"
 
     def __post_init__(self) -> None:
-        if self.activation not in ELEMENTS:
-            raise DecompositionError(f"activation {self.activation!r} is not known: take one of {', '.join(ELEMENTS)}")
+        one_of("activation", self.activation, ELEMENTS, error=DecompositionError)
 
 
 def begin(problem: Problem, left: Tensor, right: Tensor) -> State:

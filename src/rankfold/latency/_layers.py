@@ -22,7 +22,7 @@ from rankfold._common import device_of, example_arguments, first_tensor, to_devi
 from rankfold.errors import DataError
 from rankfold.latency._cache import cache_file, cache_folder, read_cases, write_cases
 from rankfold.latency._race import Latency, Timing, steady_clock, time_models
-from rankfold.latency._runtimes import layer_runtime_of
+from rankfold.latency._runtimes import runtime_of
 from rankfold.layers import (
     FactorisedLayer,
     Rank,
@@ -56,7 +56,6 @@ SAME = 0.02  # two times that differ by less are the same
 FEWEST = 4  # so many steps must lie within the ranks of a layer, or smaller steps are taken
 ROUNDS, ROUND_SECONDS = 9, 1.0
 WHOLE_ROUNDS, WHOLE_SECONDS = 15, 4.0
-BEHIND = {"onnxruntime": "onnxruntime"}  # runtimes of another library than torch
 LATE = "not timed: the {:g} s of timing were over (Timing(seconds=…))"
 
 Form = tuple[type[FactorisedLayer], dict[str, Any]]
@@ -290,7 +289,7 @@ class _Table:
         return time_models(
             models,
             case.input.tensor(case.layer),
-            runtime=layer_runtime_of(self._timing.runtime),
+            runtime=runtime_of(self._timing.runtime).layer,
             threads=self._timing.threads,
             rounds=ROUNDS,
             seconds=ROUND_SECONDS,
@@ -365,7 +364,7 @@ def _setting(model: nn.Module, timing: Timing) -> Setting:
         device=device.type,
         hardware=_hardware(device),
         torch=torch.__version__,
-        library=_version(BEHIND[name]) if name in BEHIND else "",
+        library=_version(runtime_of(runtime).library),
     )
 
 
@@ -393,6 +392,6 @@ def _processor() -> str:
 
 def _version(package: str) -> str:
     try:
-        return version(package)
+        return version(package) if package else ""
     except PackageNotFoundError:
         return ""

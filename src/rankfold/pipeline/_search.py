@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold._common import atomic_path, evaluating, track
+from rankfold._common import atomic_path, evaluating, one_of, real, track, whole
 from rankfold.errors import BudgetError, PlanError, StoreError
 from rankfold.pipeline._build import build
 from rankfold.pipeline._plan import planner
@@ -166,12 +166,9 @@ def search(  # noqa: PLR0913 (twelve at most)
 
 def _check(max_drop: Any, quantity: str, evaluations: Any, margin: Any) -> None:
     for name, value in (("max_drop", max_drop), ("margin", margin)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (0 <= value < math.inf):
-            raise PlanError(f"{name}={value!r} is not a number >= 0")
-    if quantity not in QUANTITIES:
-        raise PlanError(f"quantity={quantity!r} is none of {', '.join(QUANTITIES)}")
-    if type(evaluations) is not int or evaluations < 2:
-        raise PlanError(f"evaluations={evaluations!r} is not a whole number >= 2: the dense model takes the first")
+        real(name, value, error=PlanError)
+    one_of("quantity", quantity, QUANTITIES, error=PlanError)
+    whole("evaluations", evaluations, 2, error=PlanError, why=": the dense model takes the first")
 
 
 class _Search:

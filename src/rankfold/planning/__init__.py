@@ -19,7 +19,7 @@ from rankfold.planning._choice import Choice
 from rankfold.planning._joint import Contest, check_blocks
 from rankfold.planning._layer import fitting, layer_seed, run
 from rankfold.planning._metrics import AUTO, METRICS, check_stats
-from rankfold.planning._names import near, selected
+from rankfold.planning._names import selected
 from rankfold.planning._objectives import CALIBRATED, OBJECTIVES, SQUARES
 from rankfold.planning._plan import Plan
 from rankfold.planning._planning import MethodName, MetricName, ObjectiveName, Planning, plannable
@@ -67,7 +67,6 @@ __all__ = [
     "is_block",
     "layer_refusal",
     "layer_seed",
-    "near",
     "plannable",
     "planned_metric",
     "budget_error",

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from rankfold._common import near
 from rankfold.errors import LayerError, PlanError
 from rankfold.layers import BLOCKS, block_class, pointwise_twin, stock_twin
 from rankfold.planning._amounts import Amounts
 from rankfold.planning._choice import Choice
-from rankfold.planning._names import near
 from rankfold.stats import Stats, count_bytes, count_params, walk
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from rankfold._common import one_of
 from rankfold.errors import MethodError, PlanError
 from rankfold.layers import BLOCKS, TABLE, Rank
 from rankfold.planning._amounts import QUANTITIES, Amounts, is_real
 from rankfold.planning._metrics import METRICS
+
+OWN = "one of your own, once the class that implements it is registered with rankfold.layers.register"
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,18 @@ class Choice:
     metric: str = ""
 
     def __post_init__(self) -> None:
-        if self.method not in methods():
-            raise unknown_method(self.method, methods())
+        check_method(self.method, methods())
         object.__setattr__(self, "rank", _checked_rank(self.method, self.rank))
         object.__setattr__(self, "options", _checked_options(self.method, self.options))
         self.amounts.check("a choice")
         self.dense.check("a choice", "dense_")
         for name in ("error", "damage"):
             if getattr(self, name) is not None and not is_real(getattr(self, name)):
-                raise PlanError(f"{name} of a choice is a finite number >= 0, not {getattr(self, name)!r}")
+                raise PlanError(f"{name} of a choice must be a finite number >= 0, got {getattr(self, name)!r}")
         if self.metric != "":
-            check_word("metric", self.metric, METRICS)
+            one_of("metric", self.metric, METRICS, error=PlanError)
         if not isinstance(self.reason, str):
-            raise PlanError(f"reason of a choice is a text, not {self.reason!r}")
+            raise PlanError(f"reason of a choice must be a text, got {self.reason!r}")
 
     @property
     def params(self) -> int | None:
@@ -95,23 +97,14 @@ def joined(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def check_word(what: str, word: Any, table: Collection[str]) -> None:
-    """Raise a `PlanError` where a word is none of a table's."""
-    if not isinstance(word, str) or word not in table:
-        raise PlanError(f"unknown {what} {word!r}: there are {', '.join(table)}")
-
-
 def methods() -> frozenset[str]:
     """Return every method that a choice may name, "dense" among them."""
     return frozenset({"dense", *(method for _, method in (*BLOCKS, *TABLE))})
 
 
-def unknown_method(name: Any, known: Iterable[str]) -> MethodError:
-    """Return the error of a method that is not known: it may be one whose class is not registered."""
-    return MethodError(
-        f"unknown method {name!r}: the methods are {', '.join(sorted(known))}; if it is one of your own, the class "
-        "that implements it must be registered with rankfold.layers.register first"
-    )
+def check_method(name: Any, known: Iterable[str]) -> None:
+    """Raise a `MethodError` for a method that is not known: it may be one whose class is not registered."""
+    one_of("method", name, sorted(known), other=OWN, error=MethodError)
 
 
 def _options_of(method: str) -> Mapping[str, str]:
@@ -140,13 +133,13 @@ def _checked_rank(method: str, rank: Any) -> Rank | None:
         return None
     ranks = tuple(rank) if isinstance(rank, list | tuple) else (rank,)
     if not ranks or any(type(r) is not int or r < 1 for r in ranks):
-        raise PlanError(f"rank of method {method!r} is an int >= 1 or a tuple of them, not {rank!r}")
+        raise PlanError(f"rank of method {method!r} must be an int >= 1 or a tuple of them, got {rank!r}")
     return ranks if isinstance(rank, list | tuple) else ranks[0]
 
 
 def _checked_options(method: str, options: Any) -> dict[str, Any]:
     if not isinstance(options, Mapping):
-        raise PlanError(f"options of a choice are a mapping, not {options!r}")
+        raise PlanError(f"options of a choice must be a mapping, got {options!r}")
     if not options:
         return {}
     known = _options_of(method)
@@ -161,5 +154,5 @@ def _checked_options(method: str, options: Any) -> dict[str, Any]:
         fraction = isinstance(value, float) and "float" in known[name]
         numbers = isinstance(value, tuple) and not {*map(type, value)} - {int}
         if not (isinstance(value, str | int) or fraction or numbers):
-            raise PlanError(f"option {name}={value!r} is neither a word, a whole number, a flag nor a list of numbers")
+            raise PlanError(f"option {name} must be a word, a whole number, a flag or a list of numbers, got {value!r}")
     return checked

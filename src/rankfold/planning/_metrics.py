@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from rankfold._common import one_of
 from rankfold.errors import PlanError
 from rankfold.layers import Call, Metric
 from rankfold.stats import Stats, count_params
@@ -78,8 +79,7 @@ def metric_name(name: Any, stats: Stats | None) -> str:
     """
     if name == AUTO:
         return "outputs" if stats is not None and _has_moments(stats) else WEIGHTS
-    if name not in METRICS:
-        raise PlanError(f"unknown metric {name!r}: the metrics are {AUTO}, {', '.join(METRICS)}")
+    one_of("metric", name, (AUTO, *METRICS), error=PlanError)
     if METRICS[name].of is not None and (stats is None or not _has_moments(stats)):
         raise PlanError(f"metric {name!r} needs the inputs of the layers: pass stats={_call(METRICS[name])}")
     if METRICS[name].rows and stats is not None and not _has_rows(stats):

@@ -9,13 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from rankfold._common import html_table, text_table
+from rankfold._common import html_table, near, one_of, text_table
 from rankfold.errors import PlanError
 from rankfold.planning._amounts import LABELS, QUANTITIES, Amounts, amount, total
 from rankfold.planning._budget import Budget, Measured
-from rankfold.planning._choice import Choice, check_word, joined
+from rankfold.planning._choice import Choice, joined
 from rankfold.planning._metrics import METRICS, WEIGHTS
-from rankfold.planning._names import near
 from rankfold.planning._objectives import CALIBRATED, OBJECTIVES, SQUARES, combined
 from rankfold.planning._plan_json import head_data, plan_json, read_plan
 from rankfold.planning._planning import Planning
@@ -64,8 +63,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", dict(self.layers))
-        check_word("metric", self.metric, METRICS)
-        check_word("objective", self.objective, OBJECTIVES)
+        one_of("metric", self.metric, METRICS, error=PlanError)
+        one_of("objective", self.objective, OBJECTIVES, error=PlanError)
         self.dense.check("a plan", "dense_")
 
     def __getitem__(self, name: str) -> Choice:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeAlias
 
+from rankfold._common import near, one_of, whole
 from rankfold.errors import PlanError
 from rankfold.layers import BLOCKS, TABLE
-from rankfold.planning._choice import methods, unknown_method
+from rankfold.planning._choice import check_method, methods
 from rankfold.planning._metrics import AUTO, METRICS
-from rankfold.planning._names import near
 from rankfold.planning._objectives import OBJECTIVES
 from rankfold.planning._rules import INITS, Init, RuleName, Select, rule_of
 from rankfold.stats import Loss, Mask
@@ -103,21 +103,17 @@ class Planning:
             object.__setattr__(self, name, _several(name, getattr(self, name)))
         _check_methods(self.methods)
         rule_of(self.rule)
-        if self.metric not in (AUTO, *METRICS):
-            raise PlanError(f"unknown metric {self.metric!r}: the metrics are {AUTO}, {', '.join(METRICS)}")
-        if self.objective not in (AUTO, *OBJECTIVES):
-            raise PlanError(f"objective {self.objective!r} is none of {AUTO}, {', '.join(OBJECTIVES)}")
-        if self.init not in INITS:
-            raise PlanError(f"init={self.init!r} is neither 'decompose' nor 'random'")
-        for name in ("multiple", "batches"):
-            value = getattr(self, name)
-            if (name, value) != ("batches", None) and (type(value) is not int or value < 1):
-                raise PlanError(f"{name}={value!r} is not a whole number >= 1")
+        one_of("metric", self.metric, (AUTO, *METRICS), error=PlanError)
+        one_of("objective", self.objective, (AUTO, *OBJECTIVES), error=PlanError)
+        one_of("init", self.init, INITS, error=PlanError)
+        object.__setattr__(self, "multiple", whole("multiple", self.multiple, error=PlanError))
+        if self.batches is not None:
+            object.__setattr__(self, "batches", whole("batches", self.batches, error=PlanError))
         if type(self.seed) is not int:
-            raise PlanError(f"seed={self.seed!r} is not a whole number")
+            raise PlanError(f"seed must be a whole number, got {self.seed!r}")
         for name in ("recalibrate", "batchnorm"):
             if type(getattr(self, name)) is not bool:
-                raise PlanError(f"{name}={getattr(self, name)!r} is neither True nor False")
+                raise PlanError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
     def given(self, **short: Any) -> Planning:
         """Return the planning with the fields that were given in short form; one that is None was not."""
@@ -146,7 +142,7 @@ class Planning:
             PlanError: it is something else, or a value is unusable.
         """
         if not isinstance(data, dict):
-            raise PlanError(f"planning of a plan is an object, not {data!r:.80}")
+            raise PlanError(f"planning of a plan must be an object, got {data!r:.80}")
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
@@ -156,7 +152,7 @@ class Planning:
         wrong += [name for name in ("mask",) if not isinstance(data.get(name), str | None)]
         wrong += [name for name in ("loss",) if data.get(name) is not None]
         if wrong:
-            raise PlanError(f"{wrong[0]} of a planning is a name, not {data[wrong[0]]!r:.80}")
+            raise PlanError(f"{wrong[0]} of a planning must be a name, got {data[wrong[0]]!r:.80}")
         return cls(**data)
 
 
@@ -167,7 +163,7 @@ def _several(name: str, value: Any) -> Any:
     if name == "blocks" and isinstance(value, Mapping):
         return value
     if not isinstance(value, list | tuple | set | frozenset) or not all(isinstance(one, str) for one in value):
-        raise PlanError(f"{name}={value!r:.80} is neither a name nor a row of names")
+        raise PlanError(f"{name} must be a name or several in a row, got {value!r:.80}")
     return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)
 
 
@@ -179,8 +175,8 @@ def _check_methods(names: Any) -> None:
             f"method {unknown[0]!r} is not planned: it replaces a block, or is a form to train in; the methods are "
             f"{', '.join(known)}"
         )
-    if unknown or not names:
-        raise unknown_method(unknown[0] if unknown else names, known)
+    for name in names or ("",):
+        check_method(name, known)
 
 
 def plannable() -> list[str]:

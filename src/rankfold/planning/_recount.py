@@ -7,13 +7,13 @@ from dataclasses import replace
 
 from torch import nn
 
+from rankfold._common import near
 from rankfold.errors import PlanError
 from rankfold.layers import Call
 from rankfold.planning._amounts import Amounts
 from rankfold.planning._blocks import SolvedBlock, block_choice, fresh_block, is_block
 from rankfold.planning._choice import Choice
 from rankfold.planning._layer import Job, amounts_of, fitting, untouched
-from rankfold.planning._names import near
 from rankfold.planning._ties import FOLLOWS, as_one, tied_heads
 from rankfold.stats import Stats, walk
 

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from rankfold._common import one_of
 from rankfold.errors import BudgetError, PlanError
 from rankfold.planning._choice import Choice
 from rankfold.planning._layer import LEVELS, Job, energy_ladder, evbmf_ladder, grid, share
@@ -118,6 +119,4 @@ def rule_of(rule: str | Select) -> Rule:
     """
     if callable(rule):
         return Rule("given", grid, rule, needs_budget=False, needs_weights=False)
-    if rule not in RULES:
-        raise PlanError(f"unknown rule {rule!r}: the rules are {', '.join(RULES)}, or a function")
-    return RULES[rule]
+    return RULES[one_of("rule", rule, RULES, other="a function", error=PlanError)]

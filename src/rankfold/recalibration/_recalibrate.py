@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold._common import track
+from rankfold._common import real, track, whole
 from rankfold.errors import DataError
 from rankfold.layers import FlexibleLayer, TiedHead, dense_type_of, is_factorised, output_size, row_size
 from rankfold.recalibration._passes import Calibration, bytes_of, solved_part
@@ -211,15 +211,15 @@ def _weights(stats: Stats | None, name: str) -> Tensor | None:
 
 def _check(damping: float | None, per_pass: int | None, memory: int) -> None:
     for name, value in (("per_pass", per_pass), ("memory", memory)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise DataError(f"{name}={value!r} is not a whole number >= 1")
-    if damping is not None and not EPS <= damping < math.inf:
-        raise DataError(f"damping is a number from {EPS:g} on, not {damping!r}")
+        if value is not None:
+            whole(name, value, error=DataError)
+    if damping is not None:
+        real("damping", damping, EPS, error=DataError)
 
 
 def _read(loader: Iterable[Any], batches: int | None) -> list[Any]:
-    if batches is not None and (type(batches) is not int or batches < 1):
-        raise DataError(f"batches={batches!r} is not a whole number >= 1")
+    if batches is not None:
+        whole("batches", batches, error=DataError)
     if isinstance(loader, Tensor):
         raise DataError("loader is an iterable of batches, such as a DataLoader or a list of tensors, not a tensor")
     if batches is None and isinstance(loader, Iterator):

@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rankfold._common import near, one_of
 from rankfold.errors import LayerError, PlanError, RankfoldError
 from rankfold.layers import (
     FactorisedLayer,
@@ -35,7 +35,6 @@ from rankfold.planning import (
     fresh_block,
     is_block,
     layer_seed,
-    near,
     planned_metric,
     run,
     solved_block,
@@ -47,7 +46,7 @@ from rankfold.planning import (
 from rankfold.stats import Stats, walk
 from rankfold.surgery._attention import joined_attention, with_named_projections
 from rankfold.surgery._copies import copy_with
-from rankfold.surgery._huggingface import register, remember
+from rankfold.surgery._huggingface import remember
 
 DENSE_TYPE = "_dense_type"  # the entry in a factorised layer of what it replaced, where that was no stock layer
 
@@ -83,7 +82,8 @@ def apply(
     several places is replaced in all of them by one. Where a layer inside an `nn.TransformerEncoderLayer`
     is replaced, the copy's fused inference path, which reads dense weights, is switched off. Where the plan names
     a projection of an `nn.MultiheadAttention` ("attention.q_proj"), that attention is separated first, as
-    `separate_attention` does.
+    `separate_attention` does. A Hugging Face model keeps the plan in its configuration, which `save_pretrained`
+    writes; to load such a folder, see `rankfold.hub`.
 
     Args:
         model: the model that the plan was made for, or one of the same shape.
@@ -108,8 +108,7 @@ def apply(
     """
     how = plan.planning or Planning()
     init, seed = how.init if init is None else init, how.seed if seed is None else seed
-    if init not in INITS:
-        raise PlanError(f"init={init!r} is neither 'decompose' nor 'random'")
+    one_of("init", init, INITS, error=PlanError)
     if blocks and init == "random":
         raise PlanError("blocks= hold values that were found, and init='random' draws others: leave one of them out")
     model = with_named_projections(model, plan.layers)
@@ -129,9 +128,7 @@ def apply(
         if job.name in followers:
             replaced |= _following(new, followers[job.name], job)
     small = copy_with(model, replaced)
-    if remember(small):
-        with suppress(RankfoldError):  # an old version of transformers, which `rankfold.hub` would speak of
-            register(partial(apply, init="random"))
+    remember(small)
     return small
 
 

@@ -20,15 +20,14 @@ BASE = "transformers.modeling_utils.PreTrainedModel"
 Rebuild = Callable[[nn.Module, Plan], nn.Module]
 
 
-def remember(model: nn.Module) -> bool:
+def remember(model: nn.Module) -> None:
     """Write into the configuration of every Hugging Face model inside which layers are factorised, or that none is.
 
-    Returns whether one holds a plan now: `save_pretrained` then writes it, and `from_pretrained` needs `register`.
+    `save_pretrained` then writes it to the folder, and `from_pretrained` needs `register` to read it.
 
     Raises:
         LayerError: its configuration speaks of a quantised model.
     """
-    told = False
     retie(model)
     for module in _pretrained(model):
         config: Any = module.config
@@ -40,8 +39,6 @@ def remember(model: nn.Module) -> bool:
         elif _is_ours(before):
             delattr(config, ENTRY)
             vars(config).pop("_pre_quantization_dtype", None)  # of transformers 4: no JSON, and only beside the entry
-        told |= now is not None
-    return told
 
 
 def description(model: nn.Module) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 import torch
 from torch import Tensor, nn
 
+from rankfold._common import whole
 from rankfold.decompose import ELEMENTS, Basis, Coupled, Shapes, even_knots, values_of
 from rankfold.errors import LayerError
 from rankfold.layers._build import Device, copy_, fresh_bias_, named, place
@@ -58,9 +59,7 @@ class FlexibleActivation(nn.Module):
     ) -> None:
         super().__init__()
         self.basis = Basis(basis, size, element)
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise LayerError(f"{type(self).__name__}: rank={rank!r} is not an int >= 1")
-        self.rank = rank
+        self.rank = rank = whole(f"{type(self).__name__}: rank", rank, error=LayerError)
         shape = {"dtype": dtype, "device": device}
         self.coefficients = nn.Parameter(torch.empty(rank, self.basis.columns, **shape))  # type: ignore[arg-type]
         for name, size_of in {"knots": (self.basis.knots,), "stretch": (), "shift": ()}.items():

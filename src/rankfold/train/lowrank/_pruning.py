@@ -1,4 +1,4 @@
-"""From the ranks that a training found to a plan, and to a model of plain low-rank layers."""
+"""From the ranks found in training to a plan, and to a model of plain low-rank layers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ NO_SAVING = "its rank of {} saves nothing"
 def plan_of_ranks(model: nn.Module, ranks: Mapping[str, tuple[int, Options]], stats: Stats | None = None) -> Plan:
     """Return a plan of plain low-rank layers with these ranks and options.
 
-    A layer stays dense where its rank makes its parameters or its MACs (where `stats` says them) larger, or neither
-    smaller.
+    A layer stays dense if at its rank it would have more parameters or more MACs (if there are `stats`), or no fewer
+    of either.
     """
     choices = {}
     for name, layer in walk(model):
@@ -31,10 +31,10 @@ def plan_of_ranks(model: nn.Module, ranks: Mapping[str, tuple[int, Options]], st
 
 
 def plan_of_budget(model: nn.Module, options: Mapping[str, Options], budget: Budget, example: Any) -> Plan:
-    """Return the plan of least error within a budget over layers with these options.
+    """Return the plan of least error within a budget, for layers with these options.
 
     Raises:
-        RankfoldError: a budget on MACs without an example.
+        RankfoldError: a budget on MACs needs an example, and there is none.
         BudgetError: the budget cannot be met even at rank 1.
     """
     if budget.macs is not None and example is None:
@@ -54,7 +54,7 @@ def plan_of_budget(model: nn.Module, options: Mapping[str, Options], budget: Bud
 
 
 def stats_of(model: nn.Module, example: Any) -> Stats | None:
-    """Return what `measure` says on an example; None without one."""
+    """Return the statistics of a model on an example; None without one."""
     return None if example is None else measure(model, example=example)
 
 
@@ -64,7 +64,7 @@ def _dense_choice(name: str, layer: nn.Module, stats: Stats | None) -> Choice:
 
 
 def _low_rank(name: str, layer: nn.Module, dense: Choice, rank: int, options: Options, stats: Stats | None) -> Choice:
-    """Return the choice of this rank, or the dense one with the reason why."""
+    """Return the choice of this rank, or dense with the reason."""
     twin = stock_twin(layer)
     cls = layer_class(twin, "svd")
     cost = cls.cost(twin, stats.layers[name].calls if stats else (), rank=rank, **options)

@@ -1,4 +1,4 @@
-"""A model in SVD form: every layer U diag(s) Vᵀ, to be trained until most of s is gone."""
+"""A model in SVD form: every weight is U diag(s) Vᵀ, to be trained until most of s is zero."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ def svd_form(
     init: Literal["decompose", "random"] = "decompose",
     seed: int = 0,
 ) -> tuple[nn.Module, Plan]:
-    """Return a new model with its layers in SVD form at full rank, and the plan that saves and loads it.
+    """Return a new model with its layers in SVD form at full rank, and the plan to save and load it with.
 
-    Each weight becomes U diag(s) Vᵀ with s a parameter: with `init="decompose"` the output is that of the model up to
-    rounding. Train it with `SVDTraining`, which keeps U and V orthonormal and makes s sparse, then prune. In this form
-    a model has two to three times the parameters; it is a form to train in.
+    Each weight becomes U diag(s) Vᵀ, where s is a parameter. With `init="decompose"` the outputs are the same up to
+    rounding. Train the model with `SVDTraining`, which keeps U and V orthonormal and makes s sparse, then prune it.
+    The form is meant for training only: it has two to three times as many parameters.
 
     Args:
-        model: any module; its Linear layers and convolutions that can be replaced are.
-        split: "spatial", a kernel (kh, kw) as (kh, 1) and (1, kw), or "channel", as (kh, kw) and 1 x 1. Kernels that
-            extend along one axis, and Linear layers, have one form only.
-        include: names or patterns (`*`, `?`) of the only layers to change; all of them if empty.
+        model: any module; all Linear layers and convolutions that can be replaced are replaced.
+        split: "spatial" splits a kernel (kh, kw) into (kh, 1) and (1, kw), "channel" into (kh, kw) and 1 x 1.
+            Linear layers, and kernels that extend along one axis only, can be split in one way.
+        include: names or patterns (`*`, `?`) of the layers to change; all layers if empty.
         exclude: names or patterns of layers to leave as they are.
-        init: "decompose" the weights, or start from fresh ones: "random".
-        seed: seed of the fresh weights.
+        init: "decompose" the weights, or draw new ones at "random".
+        seed: seed of the random weights.
 
     Returns:
-        The model, and a plan that names every layer; layers that stay dense have their reason in it.
+        The model, and a plan that names every layer, with the reason for each that stays dense.
 
     Raises:
-        LayerError: no layer can be changed, or a weight holds NaN or Inf.
+        LayerError: no layer can be replaced, or a weight holds NaN or Inf.
         PlanError: a pattern matches no layer.
 
     Reference:
