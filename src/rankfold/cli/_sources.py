@@ -93,12 +93,6 @@ ZOOS: Mapping[str, Callable[[str], nn.Module]] = MappingProxyType(
 RANDOM = frozenset({"torchvision", "timm"})
 
 
-def import_module_of(spec: str) -> None:
-    """Import the module that names a model: it may register methods that plans and words of the command line name."""
-    if spec.partition(":")[0] not in ZOOS:
-        function_of(spec)
-
-
 def model_of(spec: str, weights: Path | None, device: str) -> nn.Module:
     """Return the model that `torchvision:NAME`, `timm:NAME`, `hf:PATH` or `package.module:function` names."""
     zoo, _, name = spec.partition(":")

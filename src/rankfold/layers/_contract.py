@@ -103,9 +103,9 @@ class FactorisedLayer(Protocol):
 
     `options` are the keyword arguments beside `rank` that the constructor takes (`split`,
     `separable`, `in_shape`, …); each class names its own, and an unknown one is a `TypeError`. A rank or an option that
-    does not fit is a `ValueError`, as every `RankfoldError` is. Beside the members below a layer has the attributes of
-    its dense twin (`in_features`, `stride`, …) and, where that has one, its `bias`: a parameter of this name, its own
-    or of a stage. `rankfold.testing.check_layer` tries all of it.
+    does not fit is a `ValueError`, as every `RankfoldError` is. Besides the members below a layer has the attributes
+    of its dense twin (`in_features`, `stride`, …) and, where that has one, its `bias`: a parameter of this name, of its
+    own or of a stage. `rankfold.testing.check_layer` tries all of it.
 
     Attributes:
         method: the name of the method in plans and files, the same for all types of dense layers that it factorises.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from rankfold._common import one_of
@@ -14,7 +14,9 @@ from rankfold.layers import BLOCKS, TABLE, Rank
 from rankfold.planning._amounts import QUANTITIES, Amounts, is_real
 from rankfold.planning._metrics import METRICS
 
-OWN = "one of your own, once the class that implements it is registered with rankfold.layers.register"
+PREDICTED = (*QUANTITIES, "error", "damage")  # what belongs to one method, rank and options
+DENSE = tuple(f"dense_{quantity}" for quantity in QUANTITIES)
+RESERVED = {"method", "rank", "reason", "metric", "for", *PREDICTED, *DENSE}  # keys of a choice in a plan's JSON
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,11 @@ class Choice:
     metric: str = ""
 
     def __post_init__(self) -> None:
-        check_method(self.method, methods())
+        if self.method not in methods():
+            raise MethodError(
+                f"unknown method {self.method!r}: the methods are {', '.join(sorted(methods()))}; if it is one of your "
+                "own, the class that implements it must be registered with rankfold.layers.register first"
+            )
         object.__setattr__(self, "rank", _checked_rank(self.method, self.rank))
         object.__setattr__(self, "options", _checked_options(self.method, self.options))
         self.amounts.check("a choice")
@@ -102,11 +108,6 @@ def methods() -> frozenset[str]:
     return frozenset({"dense", *(method for _, method in (*BLOCKS, *TABLE))})
 
 
-def check_method(name: Any, known: Iterable[str]) -> None:
-    """Raise a `MethodError` for a method that is not known: it may be one whose class is not registered."""
-    one_of("method", name, sorted(known), other=OWN, error=MethodError)
-
-
 def _options_of(method: str) -> Mapping[str, str]:
     """Return the keyword-only arguments other than the rank of a method's layers, with their annotations."""
     classes: set[Any] = {cls for (_, name), cls in (*TABLE.items(), *BLOCKS.items()) if name == method}
@@ -117,13 +118,6 @@ def _options_of(method: str) -> Mapping[str, str]:
 def _arguments_of(cls: Any) -> Mapping[str, str]:
     found = [p for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return {p.name: str(p.annotation) for p in found if p.name not in ("rank", "seed", "device", "dtype")}
-
-
-@functools.cache
-def _taken() -> frozenset[str]:
-    """Return the words that stand beside a choice's options in the JSON of a plan."""
-    dense = (f"dense_{quantity}" for quantity in QUANTITIES)
-    return frozenset({"for", *QUANTITIES, *dense, *(field.name for field in fields(Choice))})
 
 
 def _checked_rank(method: str, rank: Any) -> Rank | None:
@@ -147,7 +141,7 @@ def _checked_options(method: str, options: Any) -> dict[str, Any]:
     if unknown:
         names = ", ".join(sorted(known)) or "none"
         raise PlanError(f"method {method!r} has no option {sorted(map(str, unknown))[0]!r} (its options: {names})")
-    if taken := _taken() & set(options):
+    if taken := RESERVED & set(options):
         raise PlanError(f"method {method!r}: an option can't be named {min(taken)!r}, which a plan has a meaning for")
     checked = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     for name, value in checked.items():

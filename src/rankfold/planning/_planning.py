@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 from rankfold._common import near, one_of, whole
 from rankfold.errors import PlanError
 from rankfold.layers import BLOCKS, TABLE
-from rankfold.planning._choice import check_method, methods
+from rankfold.planning._choice import methods
 from rankfold.planning._metrics import AUTO, METRICS
 from rankfold.planning._objectives import OBJECTIVES
 from rankfold.planning._rules import INITS, Init, RuleName, Select, rule_of
@@ -176,7 +176,7 @@ def _check_methods(names: Any) -> None:
             f"{', '.join(known)}"
         )
     for name in names or ("",):
-        check_method(name, known)
+        one_of("method", name, known, error=PlanError)
 
 
 def plannable() -> list[str]:

@@ -36,8 +36,8 @@ class SVDForm(TwinLayer):
     """
 
     method: ClassVar[str] = "svd_form"
-    stages: ClassVar[Stages | None] = Stages({"split": "channel"}, plain=False)  # the values are between the two
     only_trained: ClassVar[bool] = True  # a form to train in, never planned
+    stages: ClassVar[Stages | None] = Stages({"split": "channel"}, plain=False)  # the values are between the two
     plain: ClassVar[Any]  # the class of plain low-rank layers with the same stages
 
     down: Any
