@@ -247,7 +247,7 @@ def test_training_finds_a_lower_rank_and_keeps_the_factors_orthonormal():
     assert accuracy(form) > 0.95
     small, plan = run.prune(energy=0.99)
     assert accuracy(small) > 0.95
-    assert plan.params < plan.dense_params
+    assert plan.params < plan.dense.params
 
 
 def test_without_orthogonality_the_penalty_is_escaped():

@@ -9,7 +9,7 @@ from torch import nn
 import rankfold as rf
 from rankfold import hub
 from rankfold.layers import LowRankLinear, is_factorised
-from tests.cases_models import params, same_state, state
+from tests.cases_models import params, same_state, state, told
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
@@ -71,7 +71,7 @@ def made(name):
 def compressed(name, share=0.7, **options):
     """Every layer that can be replaced, at the same share of its parameters."""
     model, example = made(name)
-    small, plan = rf.compress(model, example=example, budget=rf.Budget(params=share), rule="uniform", **options)
+    small, plan = rf.compress(model, example=example, budget=rf.Budget(params=share), **told(**options, rule="uniform"))
     return model, small, plan, example
 
 
@@ -93,7 +93,9 @@ REPLACED = {
 def test_projections_are_replaced_and_the_model_is_not_changed(name):
     model, example = made(name)
     before = state(model)
-    small, plan = rf.compress(model, example=example, budget=rf.Budget(params=0.7), rule="uniform")
+    small, plan = rf.compress(
+        model, example=example, budget=rf.Budget(params=0.7), planning=rf.Planning(rule="uniform")
+    )
     same_state(model, before)
     assert params(small) == plan.params <= 0.7 * params(model)
     planned = {key for key, choice in plan.layers.items() if choice.method == "svd"}
@@ -198,7 +200,11 @@ def test_compression_on_data_counts_the_tokens_that_the_mask_says(tmp_path):
         ]
         body = model.bert
         small, plan = rf.compress(
-            body, batches, budget=rf.Budget(params=0.7), mask="attention_mask", include="encoder.*"
+            body,
+            batches,
+            budget=rf.Budget(params=0.7),
+            include="encoder.*",
+            planning=rf.Planning(mask="attention_mask"),
         )
         smalls.append(small)
     assert plan.metric == "outputs"

@@ -367,7 +367,7 @@ def test_options_are_kept_only_where_set():
 
 def test_a_stored_model_keeps_its_options(tmp_path):
     net = Net()
-    plan = rf.plan(net, budget=rf.Budget(params=0.9), methods=("tt",), rule="uniform")
+    plan = rf.plan(net, budget=rf.Budget(params=0.9), methods=("tt",), planning=rf.Planning(rule="uniform"))
     choices = {
         "first": {"rank": 3, "options": {"in_shape": (8, 8), "out_shape": (6, 8), "recompute": 1.5}},
         "second": {"rank": 8, "options": {"in_shape": (2, 4), "out_shape": (4, 2), "redundant": True}},

@@ -98,10 +98,8 @@ class Experiment:
             budget=self.budget(ratio),
             stats=stats,
             methods="svd",
-            rule=rule.rule,
-            metric=rule.metric,
-            objective=rule.objective,
             include=LINEAR,
+            planning=rf.Planning(rule=rule.rule, metric=rule.metric, objective=rule.objective),
         )
         small = rf.apply(self.model, plan, stats=stats)
         row: Row = {"rule": name, "texts": texts, "ratio": ratio, "linear": linear_params(small), "error": plan.error}

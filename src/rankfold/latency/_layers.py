@@ -25,6 +25,7 @@ from rankfold.latency._race import Latency, Timing, steady_clock, time_models
 from rankfold.latency._runtimes import runtime_of
 from rankfold.layers import (
     FactorisedLayer,
+    Rank,
     is_channels_last,
     is_factorised,
     layer_class,
@@ -37,7 +38,6 @@ from rankfold.stats import (
     Curve,
     LayerTime,
     LayerTimes,
-    Rank,
     Setting,
     Stats,
     coordinates,

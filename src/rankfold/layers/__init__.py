@@ -2,7 +2,7 @@
 
 from rankfold.layers._attention import PROJECTIONS, SeparateAttention
 from rankfold.layers._build import is_channels_last
-from rankfold.layers._contract import Call, Cost, FactorisedLayer, Metric, Options, Spectrum
+from rankfold.layers._contract import Call, Cost, FactorisedLayer, Metric, Options, Rank, Spectrum
 from rankfold.layers._embedding import LowRankEmbedding, TiedHead, head_macs
 from rankfold.layers._fan_in import FanIns, fan_ins
 from rankfold.layers._linear import LowRankLinear
@@ -49,6 +49,7 @@ __all__ = [
     "Metric",
     "Options",
     "PROJECTIONS",
+    "Rank",
     "Rows",
     "SVDConv1d",
     "SVDConv2d",

@@ -1,17 +1,11 @@
-"""Budgets and the quantities that they limit."""
+"""Budgets: what a plan may keep of each quantity, and the latency that it turned out to keep."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
 
 from rankfold.errors import BudgetError, PlanError
-
-QUANTITIES = ("params", "macs", "bytes", "latency")
-SHOWN: Mapping[str, str] = MappingProxyType({q: "MACs" if q == "macs" else q for q in QUANTITIES})
+from rankfold.planning._amounts import QUANTITIES, amount, is_real
 
 
 @dataclass(frozen=True)
@@ -78,26 +72,3 @@ class Measured:
         """Return the measurement in words."""
         before, after = (amount("latency", x) for x in (self.dense_seconds, self.kept * self.dense_seconds))
         return f"{before} -> {after} ({self.kept:.1%} kept; {self.setting})"
-
-
-def is_real(value: Any) -> bool:
-    """Tell whether a value is a finite number >= 0."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-
-
-def check_amount(quantity: str, value: Any, owner: str) -> None:
-    """Raise a `PlanError` unless a value, where there is one, can be an amount of a quantity or of its dense twin."""
-    if value is None:
-        return
-    if quantity.endswith("latency"):
-        if not is_real(value):
-            raise PlanError(f"{quantity} of {owner} is a finite number of seconds >= 0, not {value!r}")
-    elif type(value) is not int or value < 0:
-        raise PlanError(f"{quantity} of {owner} is a whole number, not {value!r}")
-
-
-def amount(quantity: str, value: float | None) -> str:
-    """Return an amount as it is printed: "?" where it is not known."""
-    if value is None:
-        return "?"
-    return f"{1e3 * value:.4g} ms" if quantity == "latency" else f"{value:,}"

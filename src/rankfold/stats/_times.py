@@ -6,14 +6,14 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from rankfold._common import whole
 from rankfold.errors import DataError
+from rankfold.layers import Rank
 
-Rank: TypeAlias = int | tuple[int, ...]
 MOST_AXES = 2  # ranks with more entries are measured by their geometric mean
 
 

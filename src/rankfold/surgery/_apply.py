@@ -19,9 +19,7 @@ from rankfold.layers import (
     Metric,
     TiedHead,
     is_factorised,
-    layer_class,
     refusal,
-    stock_twin,
     untwinned,
 )
 from rankfold.planning import (
@@ -31,8 +29,10 @@ from rankfold.planning import (
     Choice,
     Init,
     Plan,
+    Planning,
     block_modules,
     check_stats,
+    fitting,
     fresh_block,
     is_block,
     layer_seed,
@@ -70,8 +70,8 @@ def apply(
     plan: Plan,
     *,
     stats: Stats | None = None,
-    init: Init = "decompose",
-    seed: int = 0,
+    init: Init | None = None,
+    seed: int | None = None,
     executor: Executor | None = None,
     blocks: Blocks | None = None,
 ) -> nn.Module:
@@ -89,9 +89,9 @@ def apply(
         model: the model that the plan was made for, or one with the same layers.
         plan: what becomes of each layer.
         stats: the statistics that the plan was made from; needed unless its metric is that of the weights.
-        init: "decompose" the weights, or draw new ones at "random" to train from scratch.
-        seed: seed for random steps in decompositions and initialisations; with the seed of `plan` the errors are those
-            that it predicts.
+        init: "decompose" the weights, or draw new ones at "random" to train from scratch; by default what was planned.
+        seed: seed for random steps in decompositions and initialisations; by default that of the plan, with which the
+            errors are those that it predicts.
         executor: an executor whose workers build layers in parallel; the result is the same.
         blocks: the candidates that the plan was made with, if it chose a layer for a block; the plan has no values.
 
@@ -106,6 +106,8 @@ def apply(
         >>> small[0].rank, model[0].weight.shape
         (8, torch.Size([64, 64]))
     """
+    how = plan.planning or Planning()
+    init, seed = how.init if init is None else init, how.seed if seed is None else seed
     one_of("init", init, INITS, error=PlanError)
     if blocks and init == "random":
         raise PlanError("blocks= hold values that were found, and init='random' draws others: leave one of them out")
@@ -285,22 +287,8 @@ def _unfit(layer: nn.Module, init: Init) -> str | None:
 def _checked_job(
     name: str, layer: nn.Module, choice: Choice, init: Init, seed: int, metric: Metric | None
 ) -> _Replacement:
-    try:
-        dense = stock_twin(layer)
-        cls = layer_class(dense, choice.method)
-        full = cls.full_rank(dense, **choice.options)
-        _check_rank(choice.rank, full)
-    except (TypeError, RankfoldError) as error:
-        raise PlanError(f"layer {name!r} ({type(layer).__name__}) and the plan: {error}") from error
+    dense, cls = fitting(name, layer, choice)
     return _Replacement(name, dense, cls, choice, init, layer_seed(name, seed), metric)
-
-
-def _check_rank(rank: Any, full: Any) -> None:
-    ranks, limits = (value if isinstance(value, tuple) else (value,) for value in (rank, full))
-    if isinstance(rank, tuple) != isinstance(full, tuple) or len(ranks) != len(limits):
-        raise PlanError(f"rank {rank!r} has another form than the full rank {full!r}")
-    if any(given > limit for given, limit in zip(ranks, limits, strict=True)):
-        raise PlanError(f"rank {rank!r} is beyond the full rank {full!r}: choose one up to it, or leave it dense")
 
 
 def _build(job: _Replacement) -> nn.Module:

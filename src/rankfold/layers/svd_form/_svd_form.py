@@ -36,6 +36,7 @@ class SVDForm(TwinLayer):
     """
 
     method: ClassVar[str] = "svd_form"
+    only_trained: ClassVar[bool] = True  # a form to train in, never planned
     plain: ClassVar[Any]  # the class of plain low-rank layers with the same stages
 
     down: Any

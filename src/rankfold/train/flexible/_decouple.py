@@ -13,7 +13,7 @@ from rankfold._common import track, whole
 from rankfold.decompose import Basis, svd
 from rankfold.errors import BudgetError, DataError, RankfoldError
 from rankfold.layers import FlexibleLayer, FlexibleLinear
-from rankfold.planning import Budget, Choice, Plan, SolvedBlock, block_choice, block_modules, check_apart
+from rankfold.planning import Amounts, Budget, Choice, Plan, SolvedBlock, block_choice, block_modules, check_apart
 from rankfold.stats import count_params, walk
 from rankfold.surgery import replace_block
 from rankfold.train.flexible._block_data import Block, read_block, sample_inputs
@@ -172,7 +172,7 @@ def flexible_candidates(  # noqa: PLR0913 (one keyword per choice)
     memory: float = MEMORY,
     seed: int = 0,
 ) -> dict[str, tuple[SolvedBlock, ...]]:
-    """Return flexible layers of several ranks that could replace each block, for `plan(…, blocks=…)` to choose from.
+    """Return flexible layers of several ranks that could replace each block, for plans with `Planning(blocks=…)`.
 
     In the plan they compete with everything that the layers of the block could become one by one; `apply` with the same
     `blocks` inserts the one that was chosen. The error of each is that of the block's values on held-out samples,
@@ -203,7 +203,7 @@ def flexible_candidates(  # noqa: PLR0913 (one keyword per choice)
         >>> data = [torch.randn(400, 8)] * 8
         >>> blocks = flexible_candidates(model, "0:2", data, ranks=(2, 6), samples=300)
         >>> stats = rf.measure(model, data, moments=True)
-        >>> plan = rf.plan(model, budget=rf.Budget(params=0.5), stats=stats, blocks=blocks)
+        >>> plan = rf.plan(model, budget=rf.Budget(params=0.5), stats=stats, planning=rf.Planning(blocks=blocks))
         >>> plan.layers["0:2"].rank, rf.apply(model, plan, stats=stats, blocks=blocks)[0].rank
         (6, 6)
     """
@@ -341,12 +341,12 @@ def _plan(model: nn.Module, name: str, layer: FlexibleLayer, error: float, budge
     members = block_modules(model, name)
     choices: dict[str, Choice] = {}
     for key, outside in walk(model):
-        params = count_params(outside)
         if key not in members:
-            choices[key] = Choice("dense", params=params, error=0.0, dense_params=params)
+            amounts = Amounts(count_params(outside))
+            choices[key] = Choice("dense", amounts=amounts, dense=amounts, error=0.0)
         elif key == next(iter(members)):
             choices[name] = block_choice(model, name, SolvedBlock(layer, error))
-    return Plan(choices, budget=budget, dense_params=count_params(model))
+    return Plan(choices, budget=budget, dense=Amounts(count_params(model)))
 
 
 def _low_rank_error(block: Block, params: int, inputs: Tensor) -> float:

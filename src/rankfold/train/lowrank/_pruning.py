@@ -10,7 +10,7 @@ from torch import nn
 
 from rankfold.errors import RankfoldError
 from rankfold.layers import Options, layer_class, stock_twin
-from rankfold.planning import RULES, Budget, Choice, Plan, layer_refusal, plan
+from rankfold.planning import RULES, Amounts, Budget, Choice, Plan, Planning, candidates, layer_refusal
 from rankfold.stats import Stats, count_params, measure, walk
 
 NO_SAVING = "its rank of {} saves nothing"
@@ -27,7 +27,7 @@ def plan_of_ranks(model: nn.Module, ranks: Mapping[str, tuple[int, Options]], st
         dense = _dense_choice(name, layer, stats)
         reason = layer_refusal(name, layer) if name in ranks else "not trained for low rank"
         choices[name] = replace(dense, reason=reason) if reason else _low_rank(name, layer, dense, *ranks[name], stats)
-    return Plan(choices, None, count_params(model), stats.macs if stats else None)
+    return Plan(choices, dense=Amounts(count_params(model), stats.macs if stats else None))
 
 
 def plan_of_budget(model: nn.Module, options: Mapping[str, Options], budget: Budget, example: Any) -> Plan:
@@ -48,7 +48,9 @@ def plan_of_budget(model: nn.Module, options: Mapping[str, Options], budget: Bud
         return RULES["optimal"].select(same_split, limits)
 
     stats = None if example is None else measure(model, example=example)
-    return plan(model, budget=budget, stats=stats, methods="svd", rule=select, include=tuple(options))
+    planning = Planning(methods="svd", rule=select, include=tuple(options))
+    found = candidates(model, quantities=tuple(budget.limits), stats=stats, planning=planning)
+    return found.plan(budget)
 
 
 def stats_of(model: nn.Module, example: Any) -> Stats | None:
@@ -57,8 +59,8 @@ def stats_of(model: nn.Module, example: Any) -> Stats | None:
 
 
 def _dense_choice(name: str, layer: nn.Module, stats: Stats | None) -> Choice:
-    params, macs = count_params(layer), stats.layers[name].macs if stats else None
-    return Choice("dense", params=params, macs=macs, error=0.0, dense_params=params, dense_macs=macs)
+    amounts = Amounts(count_params(layer), stats.layers[name].macs if stats else None)
+    return Choice("dense", amounts=amounts, dense=amounts, error=0.0)
 
 
 def _low_rank(name: str, layer: nn.Module, dense: Choice, rank: int, options: Options, stats: Stats | None) -> Choice:
@@ -72,4 +74,4 @@ def _low_rank(name: str, layer: nn.Module, dense: Choice, rank: int, options: Op
     if min(saved) < 0 or max(saved) == 0:
         return replace(dense, reason=NO_SAVING.format(rank))
     (error,) = cls.errors(twin, [rank], **options)
-    return replace(dense, method="svd", rank=rank, options=options, params=cost.params, macs=macs, error=error)
+    return replace(dense, method="svd", rank=rank, options=options, amounts=Amounts(cost.params, macs), error=error)

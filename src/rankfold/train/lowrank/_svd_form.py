@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from rankfold.layers import layer_class, stock_twin
-from rankfold.planning import Choice, Plan
+from rankfold.planning import Amounts, Choice, Plan
 from rankfold.stats import count_params, walk
 from rankfold.surgery import apply
 from rankfold.train.lowrank._targets import FORM, Patterns, targets
@@ -58,14 +58,14 @@ def svd_form(
     options, reasons = targets(model, split, include, exclude)
     choices = {}
     for name, layer in walk(model):
-        params = count_params(layer)
-        choices[name] = Choice("dense", params=params, dense_params=params, reason=reasons.get(name, ""))
+        before = Amounts(count_params(layer))
+        choices[name] = Choice("dense", amounts=before, dense=before, reason=reasons.get(name, ""))
         if name in options:
             dense = stock_twin(layer)
             cls = layer_class(dense, FORM)
             rank = cls.full_rank(dense, **options[name])
             cost = cls.cost(dense, (), rank=rank, **options[name])
             error = 0.0 if init == "decompose" else None
-            choices[name] = Choice(FORM, rank, options[name], cost.params, error=error, dense_params=params)
-    plan = Plan(choices, dense_params=count_params(model))
+            choices[name] = Choice(FORM, rank, options[name], Amounts(cost.params), before, error=error)
+    plan = Plan(choices, dense=Amounts(count_params(model)))
     return apply(model, plan, init=init, seed=seed), plan
