@@ -289,7 +289,7 @@ def test_json_there_and_back():
 @pytest.mark.parametrize("change", [{"metric": "best"}, {"metric": 3}, {"objective": "none"}, {"objective": ["a"]}])
 def test_a_bad_word_in_a_plan_is_refused(change):
     words = ", ".join(f'"{key}": {value!r}'.replace("'", '"') for key, value in change.items())
-    with pytest.raises(PlanError, match="(metric|objective) must be .*, got"):
+    with pytest.raises(PlanError, match="must be"):
         rf.Plan.from_json('{"rankfold": 1, ' + words + ', "layers": {}}')
     if "metric" in change:
         with pytest.raises(PlanError, match="metric"):

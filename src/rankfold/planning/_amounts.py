@@ -61,9 +61,11 @@ class Amounts:
         for quantity, value in self.known():
             if quantity == "latency":
                 if not is_real(value):
-                    raise PlanError(f"{prefix}{quantity} of {owner} is a finite number of seconds >= 0, not {value!r}")
+                    raise PlanError(
+                        f"{prefix}{quantity} of {owner} must be a finite number of seconds >= 0, got {value!r}"
+                    )
             elif type(value) is not int or value < 0:
-                raise PlanError(f"{prefix}{quantity} of {owner} is a whole number, not {value!r}")
+                raise PlanError(f"{prefix}{quantity} of {owner} must be a whole number >= 0, got {value!r}")
 
 
 def total(amounts: Iterable[Amounts], start: Amounts) -> Amounts:

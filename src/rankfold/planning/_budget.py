@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rankfold._common import real
 from rankfold.errors import BudgetError, PlanError
-from rankfold.planning._amounts import QUANTITIES, amount, is_real
+from rankfold.planning._amounts import QUANTITIES, amount
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         for quantity, share in self.limits.items():
-            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-                raise BudgetError(f"budget {quantity}={share!r} is not a fraction kept, 0 < {quantity} <= 1")
+            real(f"budget {quantity}", share, most=1, ends="(]", error=BudgetError, why=": it is the fraction kept")
         if not self.limits:
             raise BudgetError(f"a budget limits one or more of {', '.join(QUANTITIES)}, such as Budget(macs=0.5)")
 
@@ -63,10 +63,9 @@ class Measured:
 
     def __post_init__(self) -> None:
         for name in ("kept", "dense_seconds"):
-            if not is_real(getattr(self, name)) or not getattr(self, name):
-                raise PlanError(f"{name} of a measured latency is a number above zero, not {getattr(self, name)!r}")
+            real(f"{name} of a measured latency", getattr(self, name), ends="()", error=PlanError)
         if not isinstance(self.setting, str):
-            raise PlanError(f"the setting of a measured latency is a text, not {self.setting!r}")
+            raise PlanError(f"the setting of a measured latency must be a text, got {self.setting!r}")
 
     def __str__(self) -> str:
         """Return the measurement in words."""

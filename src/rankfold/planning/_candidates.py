@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from rankfold._common import one_of
 from rankfold.errors import PlanError
 from rankfold.layers import Metric, methods_for, refusal, stock_twin
 from rankfold.planning._amounts import QUANTITIES, Amounts
@@ -127,9 +128,8 @@ def _metric(metric: str, stats: Stats | None, *, weightless: bool) -> str:
 
 
 def _check(request: _Request, stats: Stats | None) -> None:
-    unknown = [quantity for quantity in request.quantities if quantity not in QUANTITIES]
-    if unknown:
-        raise PlanError(f"unknown quantity {unknown[0]!r}: a budget limits {', '.join(QUANTITIES)}")
+    for quantity in request.quantities:
+        one_of("quantity", quantity, QUANTITIES, error=PlanError)
     if "macs" in request.quantities and stats is None:
         raise PlanError("a budget on MACs needs example=…, a loader or stats=measure(…): MACs depend on the input")
     if "macs" in request.quantities and stats is not None and not stats.macs:

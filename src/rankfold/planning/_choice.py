@@ -49,19 +49,18 @@ class Choice:
     metric: str = ""
 
     def __post_init__(self) -> None:
-        if self.method not in methods():
-            raise PlanError(f"unknown method {self.method!r}: the methods are {', '.join(sorted(methods()))}")
+        one_of("method", self.method, sorted(methods()), error=PlanError)
         object.__setattr__(self, "rank", _checked_rank(self.method, self.rank))
         object.__setattr__(self, "options", _checked_options(self.method, self.options))
         self.amounts.check("a choice")
         self.dense.check("a choice", "dense_")
         for name in ("error", "damage"):
             if getattr(self, name) is not None and not is_real(getattr(self, name)):
-                raise PlanError(f"{name} of a choice is a finite number >= 0, not {getattr(self, name)!r}")
+                raise PlanError(f"{name} of a choice must be a finite number >= 0, got {getattr(self, name)!r}")
         if self.metric != "":
             one_of("metric", self.metric, METRICS, error=PlanError)
         if not isinstance(self.reason, str):
-            raise PlanError(f"reason of a choice is a text, not {self.reason!r}")
+            raise PlanError(f"reason of a choice must be a text, got {self.reason!r}")
 
     @property
     def params(self) -> int | None:
@@ -117,13 +116,13 @@ def _checked_rank(method: str, rank: Any) -> Rank | None:
         return None
     ranks = tuple(rank) if isinstance(rank, list | tuple) else (rank,)
     if not ranks or any(type(r) is not int or r < 1 for r in ranks):
-        raise PlanError(f"rank of method {method!r} is an int >= 1 or a tuple of them, not {rank!r}")
+        raise PlanError(f"rank of method {method!r} must be an int >= 1 or a tuple of them, got {rank!r}")
     return ranks if isinstance(rank, list | tuple) else ranks[0]
 
 
 def _checked_options(method: str, options: Any) -> dict[str, Any]:
     if not isinstance(options, Mapping):
-        raise PlanError(f"options of a choice are a mapping, not {options!r}")
+        raise PlanError(f"options of a choice must be a mapping, got {options!r}")
     known = _options_of(method)
     unknown = set(options) - set(known)
     if unknown:
@@ -134,5 +133,5 @@ def _checked_options(method: str, options: Any) -> dict[str, Any]:
         fraction = isinstance(value, float) and "float" in known[name]
         numbers = isinstance(value, tuple) and not {*map(type, value)} - {int}
         if not (isinstance(value, str | int) or fraction or numbers):
-            raise PlanError(f"option {name}={value!r} is neither a word, a whole number, a flag nor a list of numbers")
+            raise PlanError(f"option {name} must be a word, a whole number, a flag or a list of numbers, got {value!r}")
     return checked

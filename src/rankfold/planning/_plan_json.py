@@ -100,7 +100,7 @@ def _load(text: str) -> dict[str, Any]:
     except (json.JSONDecodeError, RecursionError, TypeError, UnicodeDecodeError) as error:
         raise PlanError(f"a plan is JSON text: {error}") from error
     if not isinstance(data, dict):
-        raise PlanError(f"a plan is a JSON object, not {type(data).__name__}")
+        raise PlanError(f"a plan must be a JSON object, got {type(data).__name__}")
     return data
 
 
@@ -122,7 +122,7 @@ def _read_budget(data: Any) -> Budget | None:
     if data is None:
         return None
     if not isinstance(data, dict):
-        raise PlanError(f"budget of a plan is an object such as {{'macs': 0.5}}, not {data!r}")
+        raise PlanError(f"budget of a plan must be an object such as {{'macs': 0.5}}, got {data!r}")
     _only_keys(data, set(QUANTITIES), "the budget")
     try:
         return Budget(**data)
@@ -136,16 +136,16 @@ def _read_measured(data: Any, layers: Mapping[str, Choice]) -> Measured | None:
         return None
     names = {field.name for field in fields(Measured)}
     if not isinstance(data, dict) or data.keys() - {"for"} != names:
-        raise PlanError(f"a measured latency is an object of {', '.join(sorted(names))}, not {data!r:.80}")
+        raise PlanError(f"a measured latency must be an object of {', '.join(sorted(names))}, got {data!r:.80}")
     measured = Measured(**{name: data[name] for name in names})
     return measured if data.get("for") in (None, _digest(layers)) else None
 
 
 def _read_choice(name: str, data: Any) -> Choice:
     if not isinstance(data, dict) or not isinstance(data.get("method"), str):
-        raise PlanError(f'layer {name!r} of the plan is an object with a "method", not {data!r:.80}')
+        raise PlanError(f'layer {name!r} of the plan must be an object with a "method", got {data!r:.80}')
     if not isinstance(data.get("for"), str | None):
-        raise PlanError(f'layer {name!r} of the plan: "for" is a text, not {data["for"]!r:.80}')
+        raise PlanError(f'layer {name!r} of the plan: "for" must be a text, got {data["for"]!r:.80}')
     options = {key: value for key, value in data.items() if key not in ("method", "rank", *FIELDS)}
     words = {key: data[key] for key in ("reason", "metric") if key in data}
     dense = Amounts(*(data.get(key) for key in DENSE))

@@ -106,15 +106,14 @@ class Planning:
         one_of("metric", self.metric, (AUTO, *METRICS), error=PlanError)
         one_of("objective", self.objective, (AUTO, *OBJECTIVES), error=PlanError)
         one_of("init", self.init, INITS, error=PlanError)
-        for name in ("multiple", "batches"):
-            value = getattr(self, name)
-            if (name, value) != ("batches", None):
-                object.__setattr__(self, name, whole(name, value, error=PlanError))
+        object.__setattr__(self, "multiple", whole("multiple", self.multiple, error=PlanError))
+        if self.batches is not None:
+            object.__setattr__(self, "batches", whole("batches", self.batches, error=PlanError))
         if type(self.seed) is not int:
-            raise PlanError(f"seed={self.seed!r} is not a whole number")
+            raise PlanError(f"seed must be a whole number, got {self.seed!r}")
         for name in ("recalibrate", "batchnorm"):
             if type(getattr(self, name)) is not bool:
-                raise PlanError(f"{name}={getattr(self, name)!r} is neither True nor False")
+                raise PlanError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
     def given(self, **short: Any) -> Planning:
         """Return the planning with the fields that were given in short form; one that is None was not."""
@@ -143,7 +142,7 @@ class Planning:
             PlanError: it is something else, or a value is unusable.
         """
         if not isinstance(data, dict):
-            raise PlanError(f"planning of a plan is an object, not {data!r:.80}")
+            raise PlanError(f"planning of a plan must be an object, got {data!r:.80}")
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
@@ -153,7 +152,7 @@ class Planning:
         wrong += [name for name in ("mask",) if not isinstance(data.get(name), str | None)]
         wrong += [name for name in ("loss",) if data.get(name) is not None]
         if wrong:
-            raise PlanError(f"{wrong[0]} of a planning is a name, not {data[wrong[0]]!r:.80}")
+            raise PlanError(f"{wrong[0]} of a planning must be a name, got {data[wrong[0]]!r:.80}")
         return cls(**data)
 
 
@@ -164,7 +163,7 @@ def _several(name: str, value: Any) -> Any:
     if name == "blocks" and isinstance(value, Mapping):
         return value
     if not isinstance(value, list | tuple | set | frozenset) or not all(isinstance(one, str) for one in value):
-        raise PlanError(f"{name}={value!r:.80} is neither a name nor a row of names")
+        raise PlanError(f"{name} must be a name or several in a row, got {value!r:.80}")
     return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)
 
 
@@ -176,8 +175,8 @@ def _check_methods(names: Any) -> None:
             f"method {unknown[0]!r} is not planned: it replaces a block, or is a form to train in; the methods are "
             f"{', '.join(known)}"
         )
-    if unknown or not names:
-        raise PlanError(f"unknown method {unknown[0] if unknown else names!r}: the methods are {', '.join(known)}")
+    for name in names or ("",):
+        one_of("method", name, known, error=PlanError)
 
 
 def plannable() -> list[str]:
