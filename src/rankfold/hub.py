@@ -12,12 +12,11 @@ from typing import Any
 
 from torch import nn
 
+from rankfold._common import some
 from rankfold.errors import RankfoldError, StoreError
 from rankfold.layers import is_factorised
 from rankfold.surgery import CONFIG_ENTRY, apply, plan_of
 from rankfold.surgery import register as register_layers
-
-SHOWN = 5  # at most this many names of unfit tensors are shown in an error
 
 
 def register() -> None:
@@ -65,6 +64,6 @@ def from_pretrained(folder: str | os.PathLike[str], **options: Any) -> nn.Module
     inside = tuple(f"{name}." for name, module in model.named_modules() if is_factorised(module))
     wrong = [*told["unexpected_keys"], *(key for key in told["missing_keys"] if key.startswith(inside))]
     if wrong:
-        raise StoreError(f"{where} does not fit its plan: see {', '.join(sorted(wrong)[:SHOWN])}; save the model again")
+        raise StoreError(f"{where} does not fit its plan: see {some(sorted(wrong))}; save the model again")
     loaded: nn.Module = model
     return loaded

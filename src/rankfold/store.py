@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold._common import device_of, read_tensors, read_texts, write_tensors
+from rankfold._common import device_of, read_tensors, read_texts, some, write_tensors
 from rankfold.errors import PlanError, RankfoldError, StoreError
 from rankfold.layers import is_factorised
 from rankfold.planning import Choice, Plan, block_difference, is_block
@@ -19,7 +19,6 @@ from rankfold.surgery import apply
 
 PLAN, FORMAT, WRITER = "rankfold", "rankfold_format", "rankfold_version"  # the entries of the header
 READS = "1"  # the format that this version writes and reads
-SHOWN = 5  # at most this many names of unfit tensors are shown in an error
 
 Path = str | os.PathLike[str]
 
@@ -93,7 +92,7 @@ def load(path: Path, skeleton: nn.Module, *, device: torch.device | str | None =
     empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if empty:
         raise StoreError(
-            f"{os.fspath(path)} has no values for {_some(empty)}, and the skeleton has them on the meta device only: "
+            f"{os.fspath(path)} has no values for {some(empty)}, and the skeleton has them on the meta device only: "
             "build the skeleton on the CPU"
         )
     return model.to(place)
@@ -174,7 +173,7 @@ def _without_values(skeleton: nn.Module) -> nn.Module:
     """Return a copy of a model with its parameters and persistent buffers on the meta device."""
     lazy = [name for name, p in skeleton.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
-        raise StoreError(f"{_some(lazy)} of the skeleton has no shape yet: call the skeleton once on an example")
+        raise StoreError(f"{some(lazy)} of the skeleton has no shape yet: call the skeleton once on an example")
     stand_ins: dict[int, Any] = {}
     for parameter in skeleton.parameters():
         empty = torch.empty_like(parameter, device="meta")
@@ -200,7 +199,7 @@ def _check_tensors(path: Path, wanted: Mapping[str, Any], found: Mapping[str, Te
         if name in found and _form(found[name]) != _form(tensor)
     ]
     problems = [("lacks", missing), ("has beside those of the skeleton", surplus), ("differs in", different)]
-    told = "; ".join(f"it {what} {_some(names)}" for what, names in problems if names)
+    told = "; ".join(f"it {what} {some(names)}" for what, names in problems if names)
     if told:
         raise StoreError(
             f"{os.fspath(path)} does not fit the skeleton: {told}. The skeleton must be the model that the "
@@ -224,11 +223,6 @@ def _on(device: torch.device, tensors: Mapping[str, Tensor], model: nn.Module) -
 
 def _form(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def _version() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -31,7 +31,7 @@ def whole(name: str, value: Any, least: int = 1, *, error: type[RankfoldError] =
         Traceback (most recent call last):
         rankfold.errors.RankfoldError: epochs must be a whole number >= 1, got 1.5
     """
-    if _is_a(Integral, value) and value >= least:
+    if is_whole(value, least):
         return int(value)
     raise error(f"{name} must be a whole number >= {least}, got {value!r:.80}{why}")
 
@@ -105,6 +105,22 @@ def one_of(
     *first, last = [*map(repr, names), *([other] if other else [])]
     allowed = f"{', '.join(first)} or {last}" if first else last
     raise error(f"{name} must be {allowed}, got {value!r:.80}{_meant(_close(value, names))}")
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names of a list that may be long, and how many more there are.
+
+    Example:
+        >>> some(["a", "b", "c", "d"], most=2)
+        'a, b and 2 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def is_whole(value: Any, least: float = 1) -> bool:
+    """Tell whether a value is a whole number from `least` on, of Python or NumPy; a bool is not."""
+    return bool(_is_a(Integral, value) and value >= least)
 
 
 def near(name: str, names: Collection[str]) -> str:

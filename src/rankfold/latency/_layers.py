@@ -47,9 +47,9 @@ from rankfold.stats import (
 )
 
 ALLOCATORS = ("GLIBC_TUNABLES", "LD_PRELOAD")  # and MALLOC_…: variables that choose or configure the allocator
-SHARES = {1: (1 / 8, 1 / 4, 1 / 2, 4 / 5), 2: (1 / 6, 2 / 5, 4 / 5)}
+TIMED_SHARES = {1: (1 / 8, 1 / 4, 1 / 2, 4 / 5), 2: (1 / 6, 2 / 5, 4 / 5)}
 """Ranks to time, as fractions of the largest rank that saves parameters, by the number of entries of a rank."""
-STEPS = (4, 8, 16, 32)
+GRAINS = (4, 8, 16, 32)
 """Steps that may suit the hardware: ranks in these steps are tried on the largest layer of each kind."""
 LARGEST_BASE, LEAST_BASE = 256, 32
 SAME = 0.02  # times that differ by less than this are considered equal
@@ -271,9 +271,9 @@ class _Table:
             full, grid = cls.full_rank(case.layer, **options), cls.rank_grid(case.layer, **options)
             if isinstance(full, tuple) or cls.method != "svd":
                 continue
-            base = min(LARGEST_BASE, max(map(_first, grid)) // 2 // max(STEPS) * max(STEPS))
+            base = min(LARGEST_BASE, max(map(_first, grid)) // 2 // max(GRAINS) * max(GRAINS))
             if base >= LEAST_BASE:
-                ranks = [base + step for step in (1, *STEPS) if base + step <= full]
+                ranks = [base + step for step in (1, *GRAINS) if base + step <= full]
                 models = {str(rank): _fresh((cls, options), case.layer, rank) for rank in ranks}
                 times = self._race(case, models)
                 least = [min(times[str(rank)].seconds) for rank in ranks]
@@ -317,7 +317,7 @@ def _draft(form: Form, layer: nn.Module, grain: int) -> _Draft:
     points = {coordinates(rank): rank for rank in cls.rank_grid(layer, multiple=grain, **options)}
     values = [sorted(set(column)) for column in zip(*points, strict=True)]
     axes = tuple(
-        tuple(sorted({min(column, key=lambda x: abs(x - share * column[-1])) for share in SHARES[len(values)]}))
+        tuple(sorted({min(column, key=lambda x: abs(x - share * column[-1])) for share in TIMED_SHARES[len(values)]}))
         for column in values
     )
     # A pair that the grid leaves out because it saves nothing is still a valid rank.

@@ -29,9 +29,8 @@ from rankfold.errors import DataError, RankfoldError
 from rankfold.layers import is_factorised
 from rankfold.train._checkpoint import restore, snapshot
 from rankfold.train._fit import trained_groups
-from rankfold.train._recipe import Recipe
+from rankfold.train._recipe import STANDARD, Recipe
 
-STANDARD = Recipe()
 USED = ("optimizer", "schedule", "warmup", "only", "weight_decay", "clip", "seed", "progress")
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 INPUTS = ("student", "teacher")

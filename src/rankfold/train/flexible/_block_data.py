@@ -18,7 +18,7 @@ from rankfold.layers import FlexibleLayer, block_class, pointwise_twin, stock_tw
 from rankfold.planning import block_modules, layer_refusal, structural_refusals
 from rankfold.surgery import NORMS, folded
 
-SHARES = 8  # a batch contributes at most 1/8 of the samples
+FEWEST_BATCHES = 8  # a batch contributes at most 1/8 of the samples
 AGREEMENT = 1e-3  # relative difference of outputs that float32 rounding can explain
 
 
@@ -237,7 +237,7 @@ def sample_inputs(model: nn.Module, name: str, data: Iterable[Any], block: Block
             _check_finite(name, found)
             if not rows:
                 _check_chain(model, name, modules, block, arguments)
-            chosen = torch.randperm(len(found), generator=generator)[: max(1, samples // SHARES)]
+            chosen = torch.randperm(len(found), generator=generator)[: max(1, samples // FEWEST_BATCHES)]
             rows.append(found[chosen.to(found.device)].double())
             if sum(map(len, rows)) >= samples:
                 break

@@ -22,7 +22,7 @@ from rankfold.train.flexible._block_tensors import activation_of, affine_error, 
 
 HELD_OUT = 5  # one sample in 5 is held out to measure the error
 MEMORY = 1e9
-SHARES = (4, 8, 16, 32, 64)  # ranks tried by default: the one that saves nothing, divided by these
+RANK_DIVISORS = (4, 8, 16, 32, 64)  # ranks tried by default: the one that saves nothing, divided by these
 MOST_RANK = 256  # the largest of them: the time to solve grows faster than the square of the rank
 
 
@@ -236,8 +236,8 @@ def _usual_ranks(model: nn.Module, name: str, block: Block, options: dict[str, A
     dense = sum(map(count_params, block_modules(model, name).values()))
     fixed, unit = _size(block, options)
     even = max(1, (dense - fixed) // unit)
-    largest = min(even // SHARES[0], MOST_RANK)
-    return sorted({max(1, largest * SHARES[0] // share) for share in SHARES}, reverse=True)
+    largest = min(even // RANK_DIVISORS[0], MOST_RANK)
+    return sorted({max(1, largest * RANK_DIVISORS[0] // share) for share in RANK_DIVISORS}, reverse=True)
 
 
 def _options(block: Block, basis: str, size: int, element: str | None) -> dict[str, Any]:
