@@ -147,7 +147,9 @@ def _draw(draw: Callable[[Figure], None], path: str | Path, *, lines: int) -> Pa
         form = path.suffix.removeprefix(".")
         known = figure.canvas.get_supported_filetypes()
         if form not in known:
-            raise RankfoldError(f"{path.name}: a picture is written as {', '.join(sorted(known))}, not {form!r}")
+            raise RankfoldError(
+                f"{path.name}: the format of a picture must be one of {', '.join(sorted(known))}, got {form!r}"
+            )
         draw(figure)
         with atomic_path(path) as unfinished:
             figure.savefig(unfinished, format=form)

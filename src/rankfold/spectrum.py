@@ -156,7 +156,7 @@ def _checked(kernel: Tensor, least: int = 3) -> Tensor:
     """Return the kernel in float64, or raise."""
     if kernel.ndim < least or not kernel.is_floating_point() or kernel.numel() == 0:
         raise DecompositionError(
-            f"a kernel is a float tensor (out, in, *kernel size), not {kernel.dtype} of shape {tuple(kernel.shape)}"
+            f"a kernel must be floats (out, in, *kernel size), got {kernel.dtype} of shape {tuple(kernel.shape)}"
         )
     work = kernel.detach().double()
     if not torch.isfinite(work).all():

@@ -24,7 +24,9 @@ def example_arguments(example: Any) -> Arguments:
         return (), dict(example)
     if isinstance(example, Sequence) and not isinstance(example, str) and len(example):
         return tuple(example), {}
-    raise DataError(f"an example is a tensor, a tuple of arguments or a dict of keyword arguments, not {example!r:.80}")
+    raise DataError(
+        f"an example must be a tensor, a tuple of arguments or a dict of keyword arguments, got {example!r:.80}"
+    )
 
 
 def batch_arguments(batch: Any) -> Arguments:
@@ -37,7 +39,9 @@ def batch_arguments(batch: Any) -> Arguments:
         return example_arguments(batch[0])
     if isinstance(batch, Tensor | Mapping):
         return example_arguments(batch)
-    raise DataError(f"a batch is a tensor, a tuple (inputs first) or a dict of keyword arguments, not {batch!r:.80}")
+    raise DataError(
+        f"a batch must be a tensor, a tuple (inputs first) or a dict of keyword arguments, got {batch!r:.80}"
+    )
 
 
 def batch_target(batch: Any) -> Any:

@@ -75,7 +75,7 @@ def _checked(path: Path, setting: Setting) -> dict[str, CallTime]:
 def _read_case(data: Mapping[str, Any]) -> CallTime:
     dense = data["dense"]
     if type(dense) is not float or not (math.isfinite(dense) and dense > 0):
-        raise DataError(f"the time of a layer is a number of seconds above zero, not {dense!r:.40}")
+        raise DataError(f"the time of a layer must be a number of seconds > 0, got {dense!r:.40}")
     return CallTime(dense, 1, tuple(_read_curve(curve) for curve in data["curves"]))
 
 

@@ -210,7 +210,7 @@ def _keeper(name: str, outputs: list[tuple[str, Tensor]]) -> Callable[[nn.Module
 def _loss_of(loss: Loss, output: Any, batch: Batch) -> Tensor:
     value = loss(output, to_device(batch_target(batch.value), _device_of(output)))
     if not isinstance(value, Tensor) or value.numel() != 1:
-        raise DataError(f"batch {batch.number}: loss= must return a tensor of one number, not {value!r:.80}")
+        raise DataError(f"batch {batch.number}: loss= must return a tensor of one number, got {value!r:.80}")
     if not value.requires_grad:
         raise DataError(f"batch {batch.number}: the loss does not depend on any measured layer of the model")
     if not torch.isfinite(value).all():

@@ -60,11 +60,11 @@ class Curve:
         sizes = [len(axis) for axis in self.axes]
         ascending = all(a < b for axis in self.axes for a, b in itertools.pairwise(axis))
         if not sizes or not ascending or min(a for axis in self.axes for a in axis) <= 0:
-            raise DataError(f"measured ranks of {self.method!r} ascend from above zero, not {self.axes!r:.80}")
+            raise DataError(f"measured ranks of {self.method!r} must be > 0 and ascending, got {self.axes!r:.80}")
         if len(self.shares) != math.prod(sizes):
             raise DataError(f"{len(self.shares)} times of {self.method!r} for {math.prod(sizes)} measured ranks")
         if not all(math.isfinite(share) and share > 0 for share in self.shares):
-            raise DataError(f"times of {self.method!r} are finite and above zero, not {self.shares!r:.80}")
+            raise DataError(f"times of {self.method!r} must be finite and > 0, got {self.shares!r:.80}")
         whole(f"the grain of {self.method!r}", self.grain, error=DataError)
         object.__setattr__(self, "_smooth", _monotone(np.array(self.shares, dtype=np.float64).reshape(sizes)))
 

@@ -223,7 +223,7 @@ def sample_inputs(model: nn.Module, name: str, data: Iterable[Any], block: Block
         LayerError: the block branches, or something is computed between its modules.
     """
     if isinstance(data, Tensor):
-        raise DataError("data is an iterable of batches, such as a DataLoader or a list of tensors, not a tensor")
+        raise DataError("data must be an iterable of batches, such as a DataLoader or a list of tensors, got a tensor")
     generator = torch.Generator().manual_seed(seed)
     modules = list(block_modules(model, name).values())
     rows: list[Tensor] = []
