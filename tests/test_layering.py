@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "rankfold"
 ROOMS = (  # from the ground up: a room imports rooms before it, and of those only what their `__init__` hands on
     *("errors", "_common", "ranks", "decompose", "spectrum", "layers"),
     *("stats", "planning", "surgery", "latency", "recalibration", "train"),
-    *("hub", "store", "exporters", "reports", "plots", "pipeline", "demo", "cli", "__main__"),
+    *("hub", "store", "exporters", "reports", "plots", "pipeline", "testing", "demo", "cli", "__main__"),
 )
 OPTIONAL = {
     "matplotlib",

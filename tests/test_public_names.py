@@ -11,6 +11,7 @@ from typing import get_args
 import pytest
 
 import rankfold
+import rankfold.testing
 from rankfold.planning import (
     METRICS,
     OBJECTIVES,
@@ -25,10 +26,10 @@ from rankfold.planning import (
 )
 
 SOURCE = Path(rankfold.__file__).parent
-ROOMS = [rankfold, rankfold.decompose, rankfold.ranks, rankfold.latency, rankfold.layers, rankfold.train]
+PUBLIC = [rankfold.decompose, rankfold.ranks, rankfold.latency, rankfold.layers, rankfold.train, rankfold.testing]
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.__name__)
+@pytest.mark.parametrize("room", [rankfold, *PUBLIC], ids=lambda room: room.__name__)
 def test_all_is_what_is_visible(room):
     visible = {
         name

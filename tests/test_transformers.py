@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from cases_own import PairEmbedding, PairLinear
 from torch import nn
 
 import rankfold as rf
 from rankfold import hub
-from rankfold.layers import LowRankLinear, is_factorised
+from rankfold.errors import RankfoldError
+from rankfold.layers import LowRankLinear, is_factorised, registered
 from tests.cases_models import params, same_state, state, told
 
 transformers = pytest.importorskip("transformers")
@@ -16,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
 
 
 @pytest.fixture(autouse=True, scope="module")
-def registered():
+def transformers_know_rankfold():
     hub.register()
 
 
@@ -355,3 +357,16 @@ def test_timms_attention_is_planned():
     small, plan = rf.compress(model, example=IMAGES, budget=rf.Budget(params=0.7))
     assert "blocks.0.attn.qkv" in plan.layers
     assert small(IMAGES).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_layers_of_ones_own_are_saved_and_loaded(name, tmp_path):
+    """Conv1D among them, and embeddings with a tied head."""
+    with registered(PairLinear, PairEmbedding):
+        _, small, _, example = compressed(name, methods="pair")
+        small.save_pretrained(tmp_path)
+        loaded = hub.from_pretrained(tmp_path)
+        assert any(type(module) is PairEmbedding for module in loaded.modules())
+        torch.testing.assert_close(logits(loaded.eval(), example), logits(small, example), rtol=0, atol=0)
+    with pytest.raises(RankfoldError, match="unknown method 'pair'.* registered with rankfold.layers.register"):
+        hub.from_pretrained(tmp_path)

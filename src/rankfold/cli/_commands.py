@@ -63,13 +63,13 @@ def plan(o: PlanWords) -> None:
     For --latency the layers are timed, and a model of the plan, with random weights, next to the dense one.
     """
     fresh(o.out, o.force)
-    budget, planning = o.budget(), o.planning()
+    budget = o.budget()
     given = input_of(o.example, o.dtype, o.data)
-    source = model_of(o.model, o.weights, o.device)
+    source = model_of(o.model, o.weights, o.device)  # its module may register methods
     if o.init != "random":
         note_random(o.model, o.weights)
     with fitting_input():
-        found = make_plan(source, **given, budget=budget, planning=planning)
+        found = make_plan(source, **given, budget=budget, planning=o.planning())
     if o.out is not None:
         with atomic_path(o.out) as unfinished:
             unfinished.write_text(found.to_json(), encoding="utf-8")
@@ -82,15 +82,19 @@ def compress(o: CompressWords) -> None:
     fresh(o.out, o.force)
     fresh(o.report, o.force)
     if o.plan is None:
-        how: dict[str, Any] = {"budget": o.budget(), "planning": o.planning()}
+        budget = o.budget()
     else:
         o.refuse(BEFORE, "--plan already says what becomes of every layer: leave {} out")
-        ready = Plan.from_json(o.plan.read_text(encoding="utf-8"))
-        how = {"plan": ready, "planning": o.after(ready.planning)}
+        text = o.plan.read_text(encoding="utf-8")
     needs_input = o.plan is None or o.report is not None or (o.example, o.data) != (None, None)
     given = input_of(o.example, o.dtype, o.data, batches=o.batches) if needs_input else {}
-    source = model_of(o.model, o.weights, o.device)
+    source = model_of(o.model, o.weights, o.device)  # its module may register methods
     note_random(o.model, o.weights)
+    if o.plan is None:
+        how: dict[str, Any] = {"budget": budget, "planning": o.planning()}
+    else:
+        ready = Plan.from_json(text)
+        how = {"plan": ready, "planning": o.after(ready.planning)}
     with fitting_input():
         small, chosen = compress_model(source, **given, **how)
     save(small, chosen, o.out)

@@ -101,6 +101,11 @@ class _Case:
         return f"{type(self.layer).__name__}({self.layer.extra_repr()}) {weight.dtype} {layout} {self.input} {forms}"
 
     @property
+    def lasting(self) -> bool:
+        """Whether its times may be kept for other processes: a class of the user's may be another one by then."""
+        return all(cls.__module__.startswith("rankfold.") for cls, _ in self.forms)
+
+    @property
     def kind(self) -> tuple[str, torch.dtype, bool]:
         """What the best steps of ranks depend on."""
         return type(self.layer).__name__, self.input.dtype, self.input.channels_last
@@ -244,8 +249,9 @@ class _Table:
                     self._grains[case.kind] = self._grain(case)
                 self._times[case.key] = self._time(case)
         finally:  # even after Ctrl-C, so that the next run continues from here
-            if self._file is not None and any(case.key in self._times for case in missing):
-                write_cases(self._file, self.setting, self._times)
+            passing = {case.key for case in cases if not case.lasting}
+            if self._file is not None and any(case.key in self._times for case in missing if case.lasting):
+                write_cases(self._file, self.setting, {k: v for k, v in self._times.items() if k not in passing})
         return late
 
     def layer_time(self, cases: Mapping[_Case, int]) -> LayerTime:
@@ -266,10 +272,10 @@ class _Table:
         return CallTime(min(times["dense"].seconds), 1, tuple(curves))
 
     def _grain(self, case: _Case) -> int:
-        """Return the largest step whose last rank is as fast as its first, for the first form that has one rank."""
+        """Return the largest step whose last rank is as fast as its first, for the first form of two stages."""
         for cls, options in case.forms:
             full, grid = cls.full_rank(case.layer, **options), cls.rank_grid(case.layer, **options)
-            if isinstance(full, tuple) or cls.method != "svd":
+            if isinstance(full, tuple) or cls.stages is None:
                 continue
             base = min(LARGEST_BASE, max(map(_first, grid)) // 2 // max(GRAINS) * max(GRAINS))
             if base >= LEAST_BASE:

@@ -26,7 +26,7 @@ from rankfold.planning._planning import MethodName, MetricName, ObjectiveName, P
 from rankfold.planning._refusals import layer_refusal, structural_refusals, without_values
 from rankfold.planning._rules import INITS, RULES, Init, RuleName, Select, rule_of
 from rankfold.planning._select import Candidates, budget_error, excess
-from rankfold.planning._ties import TIED_METHODS, tied_heads
+from rankfold.planning._ties import tied_heads
 
 __all__ = [
     "AUTO",
@@ -54,7 +54,6 @@ __all__ = [
     "SQUARES",
     "Select",
     "SolvedBlock",
-    "TIED_METHODS",
     "block_choice",
     "block_difference",
     "block_modules",

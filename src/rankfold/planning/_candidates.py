@@ -10,7 +10,7 @@ from torch import nn
 
 from rankfold._common import one_of
 from rankfold.errors import PlanError
-from rankfold.layers import Metric, methods_for, refusal, stock_twin
+from rankfold.layers import Metric, methods_for, refusal, stock_twin, tied_methods
 from rankfold.planning._amounts import QUANTITIES, Amounts
 from rankfold.planning._blocks import Blocks
 from rankfold.planning._choice import Choice
@@ -24,7 +24,7 @@ from rankfold.planning._planning import Planning
 from rankfold.planning._refusals import layer_refusal, structural_refusals, without_values
 from rankfold.planning._rules import RULES, Rule, rule_of
 from rankfold.planning._select import Candidates
-from rankfold.planning._ties import TIED_METHODS, as_one, metric_of, tied_heads, times_of, with_partners
+from rankfold.planning._ties import as_one, metric_of, tied_heads, times_of, with_partners
 from rankfold.stats import Stats, count_bytes, count_params, walk
 
 
@@ -166,7 +166,7 @@ def _dense_choices(
         unfit = refusal(without_values(layer)) if request.weightless else layer_refusal(name, layer)
         tied = name in ties or name in ties.values()
         structural = "" if tied else refused.get(name)
-        usable = TIED_METHODS if tied else methods_for(layer)
+        usable = tied_methods() if tied else methods_for(layer)
         unusable = _unusable(name, layer, stats, request.planning.methods, usable)
         reasons[name] = structural or unfit or unusable or _untimed(name, stats, request)
     choices = {name: untouched(name, layer, stats, reasons[name] or "") for name, layer in layers.items()}
@@ -211,7 +211,7 @@ def _job(  # noqa: PLR0913
         dense=dense,
         calls=stats.layers[name].calls if stats else None,
         batch_size=stats.batch_size if stats else 1,
-        methods=tuple(m for m in request.planning.methods if head is None or m in TIED_METHODS),
+        methods=tuple(m for m in request.planning.methods if head is None or m in tied_methods()),
         budgeted=request.quantities,
         multiple=request.planning.multiple,
         seed=layer_seed(name, request.planning.seed),

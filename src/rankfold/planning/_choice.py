@@ -9,10 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rankfold._common import one_of
-from rankfold.errors import PlanError
+from rankfold.errors import MethodError, PlanError
 from rankfold.layers import BLOCKS, TABLE, Rank
-from rankfold.planning._amounts import Amounts, is_real
+from rankfold.planning._amounts import QUANTITIES, Amounts, is_real
 from rankfold.planning._metrics import METRICS
+
+PREDICTED = (*QUANTITIES, "error", "damage")  # what belongs to one method, rank and options
+DENSE = tuple(f"dense_{quantity}" for quantity in QUANTITIES)
+RESERVED = {"method", "rank", "reason", "metric", "for", *PREDICTED, *DENSE}  # keys of a choice in a plan's JSON
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,11 @@ class Choice:
     metric: str = ""
 
     def __post_init__(self) -> None:
-        one_of("method", self.method, sorted(methods()), error=PlanError)
+        if self.method not in methods():
+            raise MethodError(
+                f"unknown method {self.method!r}: the methods are {', '.join(sorted(methods()))}; if it is one of your "
+                "own, the class that implements it must be registered with rankfold.layers.register first"
+            )
         object.__setattr__(self, "rank", _checked_rank(self.method, self.rank))
         object.__setattr__(self, "options", _checked_options(self.method, self.options))
         self.amounts.check("a choice")
@@ -95,17 +103,20 @@ def joined(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-@functools.cache
 def methods() -> frozenset[str]:
     """Return every method that a choice may name, "dense" among them."""
     return frozenset({"dense", *(method for _, method in (*BLOCKS, *TABLE))})
 
 
-@functools.cache
 def _options_of(method: str) -> Mapping[str, str]:
     """Return the keyword-only arguments other than the rank of a method's layers, with their annotations."""
     classes: set[Any] = {cls for (_, name), cls in (*TABLE.items(), *BLOCKS.items()) if name == method}
-    found = [p for cls in classes for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return {name: kind for cls in classes for name, kind in _arguments_of(cls).items()}
+
+
+@functools.cache
+def _arguments_of(cls: Any) -> Mapping[str, str]:
+    found = [p for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return {p.name: str(p.annotation) for p in found if p.name not in ("rank", "seed", "device", "dtype")}
 
 
@@ -123,11 +134,15 @@ def _checked_rank(method: str, rank: Any) -> Rank | None:
 def _checked_options(method: str, options: Any) -> dict[str, Any]:
     if not isinstance(options, Mapping):
         raise PlanError(f"options of a choice must be a mapping, got {options!r}")
+    if not options:
+        return {}
     known = _options_of(method)
     unknown = set(options) - set(known)
     if unknown:
         names = ", ".join(sorted(known)) or "none"
         raise PlanError(f"method {method!r} has no option {sorted(map(str, unknown))[0]!r} (its options: {names})")
+    if taken := RESERVED & set(options):
+        raise PlanError(f"method {method!r}: an option can't be named {min(taken)!r}, which a plan has a meaning for")
     checked = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     for name, value in checked.items():
         fraction = isinstance(value, float) and "float" in known[name]

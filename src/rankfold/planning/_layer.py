@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -68,6 +68,12 @@ class Job:
     metric: Metric | None = None
     times: LayerTime | None = None
     head_calls: tuple[Call, ...] = ()
+    classes: tuple[type[FactorisedLayer], ...] = field(init=False)  # a worker may not have registered them
+
+    def __post_init__(self) -> None:
+        known = methods_for(self.layer)
+        found = tuple(layer_class(self.layer, method) for method in self.methods if method in known)
+        object.__setattr__(self, "classes", found)
 
 
 def untouched(name: str, layer: nn.Module, stats: Stats | None, reason: str = "") -> Choice:
@@ -114,12 +120,9 @@ def run(function: Callable[[J], R], jobs: Sequence[J], *, executor: Executor | N
 
 def variants_of(job: Job) -> Iterator[tuple[type[FactorisedLayer], Options]]:
     """Yield layer class and options of every method and variant to try on a layer."""
-    known = methods_for(job.layer)
-    for method in job.methods:
-        if method in known:
-            cls = layer_class(job.layer, method)
-            for options in cls.variants(job.layer):
-                yield cls, dict(options)
+    for cls in job.classes:
+        for options in cls.variants(job.layer):
+            yield cls, dict(options)
 
 
 def grid(job: Job) -> tuple[Choice, ...]:

@@ -12,13 +12,10 @@ from rankfold._common import near
 from rankfold.errors import BudgetError, PlanError
 from rankfold.planning._amounts import QUANTITIES, Amounts
 from rankfold.planning._budget import Budget, Measured
-from rankfold.planning._choice import Choice
+from rankfold.planning._choice import DENSE, PREDICTED, RESERVED, Choice
 from rankfold.planning._planning import Planning
 
 VERSION = 1
-DENSE = tuple(f"dense_{quantity}" for quantity in QUANTITIES)
-PREDICTED = (*QUANTITIES, "error", "damage")  # what belongs to one method, rank and options, which "for" names
-FIELDS = (*PREDICTED, *DENSE, "reason", "metric", "for")
 HEAD = {"rankfold", "budget", "planning", "measured", "metric", "objective", "layers", *DENSE}
 
 
@@ -146,7 +143,7 @@ def _read_choice(name: str, data: Any) -> Choice:
         raise PlanError(f'layer {name!r} of the plan must be an object with a "method", got {data!r:.80}')
     if not isinstance(data.get("for"), str | None):
         raise PlanError(f'layer {name!r} of the plan: "for" must be a text, got {data["for"]!r:.80}')
-    options = {key: value for key, value in data.items() if key not in ("method", "rank", *FIELDS)}
+    options = {key: value for key, value in data.items() if key not in RESERVED}
     words = {key: data[key] for key in ("reason", "metric") if key in data}
     dense = Amounts(*(data.get(key) for key in DENSE))
     try:
@@ -155,7 +152,7 @@ def _read_choice(name: str, data: Any) -> Choice:
         amounts = Amounts(*(predicted.pop(quantity) for quantity in QUANTITIES))
         whole = replace(bare, amounts=amounts, **predicted)
     except PlanError as error:
-        raise PlanError(f"layer {name!r} of the plan: {error}") from error
+        raise type(error)(f"layer {name!r} of the plan: {error}") from error
     if data.get("for") in (None, str(whole)):
         return whole
     return replace(bare, amounts=dense, error=0.0) if bare.method == "dense" else replace(bare, reason="")

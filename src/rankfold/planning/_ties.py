@@ -17,7 +17,6 @@ from rankfold.planning._choice import Choice
 from rankfold.planning._metrics import layer_metric
 from rankfold.stats import LayerTime, Stats, walk
 
-TIED_METHODS = ("svd",)  # those whose two factors serve both layers
 FOLLOWS = "follows"  # what the reason of a tied head begins with
 
 

@@ -15,16 +15,15 @@ from rankfold._common import near, one_of
 from rankfold.errors import LayerError, PlanError, RankfoldError
 from rankfold.layers import (
     FactorisedLayer,
-    LowRankEmbedding,
     Metric,
     TiedHead,
     is_factorised,
     refusal,
+    tied_methods,
     untwinned,
 )
 from rankfold.planning import (
     INITS,
-    TIED_METHODS,
     Blocks,
     Choice,
     Init,
@@ -167,9 +166,9 @@ def densify(model: nn.Module, *, methods: str | Collection[str] = ()) -> nn.Modu
         'Linear'
     """
     wanted = (methods,) if isinstance(methods, str) else methods
-    found = [layer for _, layer in walk(model) if is_factorised(layer)]
+    found: list[Any] = [layer for _, layer in walk(model) if is_factorised(layer)]
     dense: dict[int, Any] = {id(layer): _dense(layer) for layer in found if not wanted or layer.method in wanted}
-    tables = {id(m.down): dense[id(m)] for m in model.modules() if isinstance(m, LowRankEmbedding) and id(m) in dense}
+    tables = {id(layer.down): dense[id(layer)] for layer in found if id(layer) in dense and _may_be_tied(layer)}
     for head in [module for module in model.modules() if isinstance(module, TiedHead)]:
         if id(head.down) in tables or not wanted:
             new: Any = _dense(head)
@@ -180,12 +179,16 @@ def densify(model: nn.Module, *, methods: str | Collection[str] = ()) -> nn.Modu
     return copied if wanted else joined_attention(copied)
 
 
+def _may_be_tied(layer: Any) -> bool:
+    return layer.dense_type is nn.Embedding and layer.method in tied_methods()
+
+
 def _following(embedding: Any, head: Any, job: _Replacement) -> dict[int, Any]:
     """Return what replaces the head of an embedding, and its bias wherever else that is used."""
     bias: Any = False
     if head.bias is not None:
         bias = True if job.init == "random" else _corrected(head, embedding, job.metric)
-    new = embedding.tied_head(bias).train(head.training)
+    new: Any = TiedHead(embedding, bias).train(head.training)
     if head.bias is not None:
         new.bias.requires_grad_(head.bias.requires_grad)
     return {id(head): new} | _bias_of(head, new)
@@ -237,8 +240,8 @@ def _checked(  # noqa: PLR0913
         if reason:
             raise PlanError(f"layer {name!r} ({type(layer).__name__}) can't be replaced: {reason}")
         head = heads.get(name)
-        if head is not None and choice.method not in TIED_METHODS:
-            known = " or ".join(TIED_METHODS)
+        if head is not None and choice.method not in tied_methods():
+            known = " or ".join(tied_methods())
             raise PlanError(f"layer {name!r} is tied with {head!r}: {known} can replace both, {choice.method!r} can't")
         metric = planned_metric(plan, name, stats, layers, head) if init == "decompose" else None
         jobs.append(_checked_job(name, layer, choice, init, seed, metric))

@@ -119,7 +119,7 @@ class SVDTraining(TrainingMethod):
         """
         small = apply(self.dense(), plan)
         for name, choice in plan.layers.items():
-            if choice.method == "svd" and name in self.layers:
+            if name in self.layers and choice.method == self.layers[name].plain.method:
                 cut = self.layers[name].truncated(choice.rank)
                 small.get_submodule(name).load_state_dict(cut.state_dict())
         return small
