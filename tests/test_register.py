@@ -19,7 +19,7 @@ from rankfold.latency import Timing, time_layers
 from rankfold.latency import _layers as timings
 from rankfold.layers import Stages, TiedHead, is_factorised, layer_class, methods_for, register, registered
 from rankfold.planning import tied_heads
-from rankfold.recalibration import recalibrate
+from rankfold.recalibration import Refitting, recalibrate
 from rankfold.train import parameter_groups
 from tests.cases_models import Tied
 
@@ -83,7 +83,7 @@ def test_recalibration_solves_two_stages_in_closed_form(own, memory):
         small = rf.apply(model, rf.Plan({"0": rf.Choice(method, rank=6), "2": rf.Choice(method, rank=6)}))
         done = []
         # hardly damped: damping depends on how the two stages share the scale
-        better = recalibrate(small, model, data, memory=memory, damping=1e-9, watch=done.append)
+        better = recalibrate(small, model, data, memory=memory, refitting=Refitting(damping=1e-9), watch=done.append)
         assert all(refit.kept for refit in done[0].layers) and not done[0].left_out
         results.append(better(X))
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
