@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rankfold._common import Float
+from rankfold._common import Float, check_dense
 from rankfold.errors import DecompositionError
 
 __all__ = ["conv_singular_values", "conv_symbol", "effective_rank", "spectral_norm_bounds"]
@@ -32,7 +32,8 @@ def conv_symbol(kernel: Tensor, size: Sequence[int]) -> Tensor:
         Complex128 matrices `(*size, out, in)`.
 
     Raises:
-        DecompositionError: an input smaller than the kernel, NaN or Inf entries, no spatial dims.
+        DecompositionError: an input smaller than the kernel, not a dense float tensor, NaN or Inf entries, no
+            spatial dims.
 
     Reference:
         Sedghi, Gupta and Long 2019, theorem 6.
@@ -67,7 +68,8 @@ def conv_singular_values(kernel: Tensor, size: Sequence[int], *, stride: int = 1
         Singular values in float64, descending: `min(out, in * stride^d)` of them for each output position.
 
     Raises:
-        DecompositionError: a size that the stride does not divide or the kernel exceeds; NaN or Inf entries.
+        DecompositionError: a size that the stride does not divide or the kernel exceeds; else as in
+            `conv_symbol`.
 
     Reference:
         Sedghi, Gupta and Long 2019, theorem 6.
@@ -104,7 +106,7 @@ def spectral_norm_bounds(kernel: Tensor) -> tuple[float, float]:
         Both bounds; the smaller one is the one to use.
 
     Raises:
-        DecompositionError: NaN or Inf entries, a vector.
+        DecompositionError: not a dense float tensor, NaN or Inf entries, a vector.
 
     Reference:
         Singla and Feizi 2021, theorem 1 (the four unfoldings); Yi 2020.
@@ -135,6 +137,9 @@ def effective_rank(values: Float[Tensor, " values"]) -> float:
     Returns:
         Between 1 and the number of values (0 for the zero operator).
 
+    Raises:
+        DecompositionError: not a dense tensor.
+
     Reference:
         Roy and Vetterli 2007.
 
@@ -143,6 +148,7 @@ def effective_rank(values: Float[Tensor, " values"]) -> float:
         >>> round(effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0])), 6)
         3.0
     """
+    check_dense(values, "values")
     total = float(values.double().sum())
     if total == 0:
         return 0.0
@@ -152,6 +158,7 @@ def effective_rank(values: Float[Tensor, " values"]) -> float:
 
 def _checked(kernel: Tensor, least: int = 3) -> Tensor:
     """Return the kernel in float64, or raise."""
+    check_dense(kernel, "kernel")
     if kernel.ndim < least or not kernel.is_floating_point() or kernel.numel() == 0:
         raise DecompositionError(
             f"a kernel is a float tensor (out, in, *kernel size), not {kernel.dtype} of shape {tuple(kernel.shape)}"

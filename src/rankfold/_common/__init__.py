@@ -1,4 +1,4 @@
-"""Plumbing without a meaning of its own: batches, modes, atomic files, tensor files, progress, typing."""
+"""Plumbing without a meaning of its own: batches, modes, files, tensors, progress, typing."""
 
 from rankfold._common._atomic import atomic_path
 from rankfold._common._batches import (
@@ -15,6 +15,7 @@ from rankfold._common._modes import evaluating, modes_kept
 from rankfold._common._outputs import OutputError, output_error, output_tensors
 from rankfold._common._progress import track
 from rankfold._common._tensorfile import json_text, read_tensors, read_texts, write_tensors
+from rankfold._common._tensors import check_dense
 from rankfold._common._typing import Float
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "atomic_path",
     "batch_arguments",
     "batch_target",
+    "check_dense",
     "device_of",
     "evaluating",
     "example_arguments",

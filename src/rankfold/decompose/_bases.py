@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rankfold._common import check_dense
 from rankfold.errors import DecompositionError
 
 Function = Callable[[Tensor], Tensor]
@@ -79,6 +80,7 @@ class Shapes:
 
 def values_of(basis: Basis, u: Tensor, shapes: Shapes) -> Tensor:
     """Return the values (…, rank, columns) of the functions at u (…, rank)."""
+    check_dense(u, "u", meta=True)
     kind = KINDS[basis.kind]
     inside = u.clamp(-1, 1)
     values = kind.values(u if kind.unbounded else inside, shapes.knots, basis.size)

@@ -92,4 +92,4 @@ def block_singular_values(
 
 def _blocks(matrix: Tensor, out_shape: Sequence[int], in_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The blocks (down, across, rows, columns)."""
-    return two_modes(working_copy(matrix, dtype, order=2), out_shape, in_shape).transpose(1, 2)
+    return two_modes(working_copy(matrix, dtype, order=2, what="matrix"), out_shape, in_shape).transpose(1, 2)

@@ -195,8 +195,9 @@ def coupled(  # noqa: PLR0913 (one keyword per choice of the algorithm)
 
 
 def _problem(jacobians: Tensor, values: Tensor, inputs: Tensor, rank: int, basis: Basis, dtype: torch.dtype) -> Problem:
-    j = working_copy(jacobians, dtype, order=3).permute(2, 0, 1).contiguous()
-    f, x = (working_copy(matrix, dtype, order=2).T.contiguous() for matrix in (values, inputs))
+    j = working_copy(jacobians, dtype, order=3, what="jacobians").permute(2, 0, 1).contiguous()
+    f = working_copy(values, dtype, order=2, what="values").T.contiguous()
+    x = working_copy(inputs, dtype, order=2, what="inputs").T.contiguous()
     samples, out, into = j.shape
     if tuple(f.shape) != (samples, out) or tuple(x.shape) != (samples, into):
         raise DecompositionError(
@@ -212,6 +213,8 @@ def _problem(jacobians: Tensor, values: Tensor, inputs: Tensor, rank: int, basis
 def _check_names(starts: Sequence[str], initial: Neurons | None, solver: str, refine: str) -> None:
     if isinstance(starts, str) or any(name not in STARTS for name in starts) or (not starts and initial is None):
         raise DecompositionError(f"starts is a sequence of names out of {sorted(STARTS)}, not {starts!r}")
+    if initial is not None and not isinstance(initial, Neurons):
+        raise DecompositionError(f"initial must be Neurons, got {type(initial).__name__}")
     for what, name, table in (("solver", solver, SOLVERS), ("refine", refine, REFINEMENTS)):
         if name not in table:
             raise DecompositionError(f"{what}={name!r} is not known: take one of {', '.join(table)}")

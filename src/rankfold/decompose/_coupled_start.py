@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rankfold._common import check_dense
 from rankfold.decompose._bases import ELEMENTS, Shapes, quantile_knots
 from rankfold.decompose._coupled_model import Problem, State, coordinates, normalised
 from rankfold.decompose._cp import cp
@@ -24,6 +25,9 @@ class Neurons:
         right: incoming weights (in, width).
         offset: biases of the neurons (width,).
         activation: "relu", "tanh" or "gelu".
+
+    Raises:
+        DecompositionError: weights or biases that are not dense tensors, an unknown activation.
     """
 
     left: Tensor
@@ -32,6 +36,8 @@ class Neurons:
     activation: str = "relu"
 
     def __post_init__(self) -> None:
+        for name in ("left", "right", "offset"):
+            check_dense(getattr(self, name), name)
         if self.activation not in ELEMENTS:
             raise DecompositionError(f"activation {self.activation!r} is not known: take one of {', '.join(ELEMENTS)}")
 

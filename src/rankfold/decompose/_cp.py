@@ -230,6 +230,8 @@ def _check_options(iterations: int, starts: Sequence[str], initial: CP | None, m
 
 def _initial_terms(initial: CP, work: Tensor, rank: int) -> Terms:
     """Return an earlier result as terms of the given rank, its missing ones taken from the residual."""
+    if not isinstance(initial, CP):
+        raise DecompositionError(f"initial must be a CP, got {type(initial).__name__}: pass what cp returned")
     dims = tuple(factor.shape[0] for factor in initial.factors)
     if dims != tuple(work.shape) or initial.rank > rank:
         raise DecompositionError(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rankfold._common import Float
+from rankfold._common import Float, check_dense
 from rankfold.decompose._unfold import relative, working_copy
 from rankfold.errors import DecompositionError
 
@@ -44,7 +44,8 @@ def metric_error(matrix: Tensor, approximation: Tensor, second_moment: Tensor, r
         >>> round(metric_error(w, torch.tensor([[0.0, 0.0], [0.0, 1.0]]), x.T @ x / 2), 6)
         0.447214
     """
-    work = working_copy(matrix, torch.float64, order=2)
+    work = working_copy(matrix, torch.float64, order=2, what="matrix")
+    check_dense(approximation, "approximation")
     if approximation.shape != matrix.shape:
         shapes = f"{tuple(approximation.shape)} and {tuple(matrix.shape)}"
         raise DecompositionError(f"an approximation and its matrix have one shape, not {shapes}")
@@ -71,6 +72,7 @@ def check_metric(matrix: Tensor, second_moment: Tensor | None, rows: Tensor | No
 
 def check_moment(moment: Tensor, work: Float[Tensor, "m n"]) -> tuple[Float[Tensor, "n n"], float]:
     """Return a second moment for the columns of `work`, of largest entry 1, and what it was divided by."""
+    check_dense(moment, "second_moment")
     n = work.shape[1]
     if tuple(moment.shape) != (n, n):
         raise DecompositionError(f"the second moment of {n} inputs is ({n}, {n}), not {tuple(moment.shape)}")
@@ -97,6 +99,7 @@ def check_rows(rows: Tensor | None, work: Float[Tensor, "m n"]) -> Float[Tensor,
     """Return the weights of the outputs in the dtype and on the device of `work`."""
     if rows is None:
         return None
+    check_dense(rows, "rows")
     if tuple(rows.shape) != (work.shape[0],):
         raise DecompositionError(f"{work.shape[0]} outputs have as many weights, not those of {tuple(rows.shape)}")
     weights = working_copy(rows, torch.promote_types(work.dtype, torch.float32), least=1).to(work.device)

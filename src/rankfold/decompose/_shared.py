@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankfold._common import Float
+from rankfold._common import Float, check_dense
 from rankfold.decompose._svd import svd
 from rankfold.errors import DecompositionError
 
@@ -88,6 +88,10 @@ def shared_svd(
         >>> f.num_params, round(f.error, 6)
         (27, 0.0)
     """
+    if not isinstance(matrices, Sequence | Tensor):
+        raise DecompositionError(f"matrices must be a sequence of tensors, got {type(matrices).__name__}: pass a list")
+    for k, matrix in enumerate(matrices):
+        check_dense(matrix, f"matrices[{k}]")
     shapes = [tuple(matrix.shape) for matrix in matrices]
     if not shapes or any(len(shape) != 2 or shape[1] != shapes[0][-1] for shape in shapes):
         raise DecompositionError(f"a basis is shared by matrices with as many columns, not by those of {shapes}")

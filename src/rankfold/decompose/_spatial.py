@@ -105,7 +105,7 @@ def separable(
         >>> separable(k, 2, second_moment=torch.eye(24)).error < 1e-5
         True
     """
-    work = working_copy(kernel, dtype, order=4)
+    work = working_copy(kernel, dtype, order=4, what="kernel")
     out, into, first, second = work.shape
     check_rank(rank, min(out * second, into * first))
     target = Target.of(work.flatten(1), second_moment, rows, dtype)
@@ -153,7 +153,7 @@ def separable_errors(
         >>> e == sorted(e, reverse=True), e[-1] < 1e-3
         (True, True)
     """
-    work = working_copy(kernel, dtype, order=4)
+    work = working_copy(kernel, dtype, order=4, what="kernel")
     out, into, first, second = work.shape
     full = min(out * second, into * first)
     if not ranks:

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from rankfold._common import Float
+from rankfold._common import Float, check_dense
 from rankfold.decompose._factors import SVD, fix_signs
 from rankfold.decompose._metric import check_definite, check_metric, check_moment, metric_spectrum, root_of, row_roots
 from rankfold.decompose._unfold import (
@@ -166,7 +166,7 @@ def singular_values(
         >>> singular_values(torch.tensor([[0.0, 2.0], [3.0, 0.0]]))
         tensor([3., 2.], dtype=torch.float64)
     """
-    work = working_copy(matrix, dtype, order=2)
+    work = working_copy(matrix, dtype, order=2, what="matrix")
     check_metric(work, second_moment, rows)
     if second_moment is not None:
         return metric_spectrum(work, second_moment, rows).to(dtype)
@@ -187,6 +187,7 @@ def _scaled(work: Tensor) -> tuple[Tensor, float]:
 def _check(matrix: Tensor, method: str) -> int:
     if method != "auto" and method not in METHODS:
         raise DecompositionError(f"method {method!r} is unknown: choose from {['auto', *METHODS]}")
+    check_dense(matrix, "matrix")
     if matrix.ndim != 2 or matrix.numel() == 0:
         hint = ": loop over the batch, or unfold the tensor" if matrix.ndim > 2 else ""
         raise DecompositionError(f"svd takes a matrix, not a tensor of shape {tuple(matrix.shape)}{hint}")
@@ -221,7 +222,7 @@ def _first_trusted(matrix: Tensor, attempts: list[tuple[str, torch.dtype]], targ
     for name, dtype in attempts:
         if name == given_up:
             continue
-        work = working_copy(matrix, dtype, order=2)
+        work = working_copy(matrix, dtype, order=2, what="matrix")
         triplets = METHODS[name](work, target, seed)
         if triplets is None:
             given_up = name
@@ -347,7 +348,7 @@ def _in_metric(  # noqa: PLR0913 (the arguments of `svd`, checked)
     matrix: Tensor, moment: Tensor, rows: Tensor | None, target: _Target, method: str, dtype: torch.dtype
 ) -> SVD:
     """Return the rank-r matrix closest in the metric of a second moment and of weights of the outputs."""
-    work = working_copy(matrix, dtype, order=2)
+    work = working_copy(matrix, dtype, order=2, what="matrix")
     moment, _ = check_moment(moment, work)
     if method == "randomised":
         raise DecompositionError("method 'randomised' takes no second moment: use 'auto', 'gram' or 'exact'")

@@ -11,7 +11,7 @@ from typing import TypeAlias, overload
 import torch
 from torch import Tensor
 
-from rankfold._common import Float
+from rankfold._common import Float, check_dense
 from rankfold.decompose._factors import TT, TTMatrix
 from rankfold.decompose._svd import singular_values
 from rankfold.decompose._tt_cores import inner, orthogonalise_from_right, unpaired
@@ -69,6 +69,7 @@ def tensor_train(
         >>> tensor_train(x, 2).rank, tensor_train(x, tolerance=1e-6).rank
         ((2, 2), (1, 1))
     """
+    check_dense(tensor)
     narrow = dtype is None and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
     work = working_copy(tensor, torch.float32 if narrow else dtype or torch.float64)
     total = squared_norm(work)
@@ -163,6 +164,10 @@ def tt_round(
         >>> tt_round(x, 2).rank
         (2, 2)
     """
+    if not isinstance(train, TT | TTMatrix):
+        raise DecompositionError(
+            f"train must be a TT or a TTMatrix, got {type(train).__name__}: make one with tensor_train or tt_matrix"
+        )
     flat = [working_copy(core, dtype).flatten(1, -2) for core in train.cores]
     rounded = _truncate_from_left(orthogonalise_from_right(flat), rank, tolerance, train.cores[0].dtype)
     return unpaired(rounded, train.out_shape, train.in_shape) if isinstance(train, TTMatrix) else rounded

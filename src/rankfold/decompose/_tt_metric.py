@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankfold._common import Float
+from rankfold._common import Float, check_dense
 from rankfold.decompose._alternate import Inner, damped_cholesky, solve_inner
 from rankfold.decompose._curves import calibrated, spread_over
 from rankfold.decompose._factors import TTMatrix
@@ -74,7 +74,7 @@ def metric_tt_matrix(
         >>> f.rank, f.trace == tuple(sorted(f.trace, reverse=True))
         ((1,), True)
     """
-    work = working_copy(matrix, torch.float64, order=2)
+    work = working_copy(matrix, torch.float64, order=2, what="matrix")
     form = _Form.of(work, second_moment, rows, tuple(out_shape), tuple(in_shape))
     plain = list(tt_matrix(work, out_shape, in_shape, rank).cores)
     white = form.coloured(tt_matrix(form.whitened(), out_shape, in_shape, rank).cores)
@@ -120,7 +120,7 @@ def metric_tt_errors(
         >>> e == sorted(e, reverse=True), e[-1] < 1e-6
         (True, True)
     """
-    work = working_copy(matrix, torch.float64, order=2)
+    work = working_copy(matrix, torch.float64, order=2, what="matrix")
     form = _Form.of(work, second_moment, rows, tuple(out_shape), tuple(in_shape))
     found = tt_roundings(pair_modes(form.whitened(), out_shape, in_shape), ranks)
     white = [train.error for train in found]
@@ -155,6 +155,7 @@ class _Form:
     ) -> _Form:
         if math.prod(in_shape) != work.shape[1]:
             raise DecompositionError(f"in_shape {in_shape} does not have the product {work.shape[1]}")
+        check_dense(second_moment, "second_moment")
         given = second_moment if second_moment.ndim == 3 else second_moment[None]
         if len(work) % len(given):
             raise DecompositionError(f"{len(given)} groups do not divide {len(work)} outputs")

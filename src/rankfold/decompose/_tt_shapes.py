@@ -11,6 +11,7 @@ from operator import mul
 
 from torch import Tensor
 
+from rankfold._common import check_dense
 from rankfold.decompose._unfold import check_rank
 from rankfold.errors import DecompositionError
 
@@ -54,6 +55,7 @@ def two_modes(matrix: Tensor, out_shape: Sequence[int], in_shape: Sequence[int])
 
 def _padded(matrix: Tensor, out_shape: Sequence[int], in_shape: Sequence[int]) -> Tensor:
     """The matrix, checked, with as many rows and columns as the shapes have."""
+    check_dense(matrix, "matrix", meta=True)
     if matrix.ndim != 2:
         raise DecompositionError(f"modes are folded from a matrix, not from a tensor of shape {tuple(matrix.shape)}")
     if len(out_shape) != len(in_shape) or not out_shape:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rankfold._common import Float
+from rankfold._common import Float, check_dense
 from rankfold.decompose._factors import Tucker, fix_signs
 from rankfold.decompose._unfold import (
     check_rank,
@@ -81,6 +81,7 @@ def tucker(
         >>> tuple(f.core.shape), f.error < 1e-5
         ((2, 2, 4), True)
     """
+    check_dense(tensor)
     narrow = dtype is None and tolerance >= RESOLVED
     work = working_copy(tensor, torch.float32 if narrow and tensor.dtype != torch.float64 else dtype or torch.float64)
     chosen = _check_modes(work, modes)

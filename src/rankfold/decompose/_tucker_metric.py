@@ -133,7 +133,7 @@ def metric_tucker_errors(
     if not len(ranks):
         return []
     pairs = [_checked(kernel, rank, dtype)[1] for rank in ranks]
-    work = working_copy(kernel, dtype)
+    work = working_copy(kernel, dtype, what="kernel")
     form = _Form.of(Target.of(work.flatten(1), second_moment, rows, dtype), work.shape[1])
     if form.target.total <= 0:
         return [0.0] * len(ranks)
@@ -149,7 +149,7 @@ def metric_tucker_errors(
 
 
 def _checked(kernel: Tensor, rank: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, tuple[int, int]]:
-    work = working_copy(kernel, dtype)
+    work = working_copy(kernel, dtype, what="kernel")
     if len(rank) != 2:
         raise DecompositionError(f"a rank of the outputs and one of the inputs are needed, not {rank!r}")
     out, into = (check_rank(r, work.shape[mode], f"rank of mode {mode}") for mode, r in enumerate(rank))

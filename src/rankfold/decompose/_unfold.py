@@ -14,13 +14,15 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from rankfold._common import Float
+from rankfold._common import Float, check_dense
 from rankfold.errors import DecompositionError
 
 WORKING_DTYPES = (torch.float64, torch.float32)
 
 
-def working_copy(tensor: Tensor, dtype: torch.dtype, *, order: int | None = None, least: int = 2) -> Tensor:
+def working_copy(
+    tensor: Tensor, dtype: torch.dtype, *, order: int | None = None, least: int = 2, what: str = "tensor"
+) -> Tensor:
     """Return a detached tensor in the dtype to compute in, after checking that it can be decomposed.
 
     Args:
@@ -28,20 +30,21 @@ def working_copy(tensor: Tensor, dtype: torch.dtype, *, order: int | None = None
         dtype: torch.float64 or torch.float32.
         order: the number of modes it must have, where only one will do.
         least: the smallest number of modes that will do.
+        what: the name of the argument, for errors.
 
     Returns:
         The tensor in `dtype`, on its device, without a graph; not a copy where nothing has to change.
 
     Raises:
-        DecompositionError: wrong order, empty, not real floating point, NaN or Inf entries, the meta device.
+        DecompositionError: not a dense tensor, wrong order, empty, not real floating point, NaN or Inf entries, the
+            meta device.
     """
+    check_dense(tensor, what)
     shape = tuple(tensor.shape)
     if dtype not in WORKING_DTYPES:
         raise DecompositionError(f"decompositions compute in torch.float64 or torch.float32, not in {dtype}")
     if not tensor.is_floating_point():
         raise DecompositionError(f"a tensor of dtype {tensor.dtype} cannot be decomposed: convert it to a float dtype")
-    if tensor.is_meta:
-        raise DecompositionError(f"the tensor of shape {shape} is on the meta device and has no values to decompose")
     if order is not None and tensor.ndim != order:
         hint = ": unfold it, or loop over the batch" if tensor.ndim > order else ""
         raise DecompositionError(f"a tensor of order {order} is needed, not one of shape {shape}{hint}")

@@ -177,7 +177,15 @@ def _threshold(alpha: float) -> float:
 
 
 def _checked(values: ArrayLike) -> Values:
-    checked = np.sort(np.asarray(values, dtype=np.float64).ravel())[::-1]
+    try:
+        given = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:  # a sparse tensor, one on a GPU or with a graph, words
+        raise DecompositionError(
+            "singular values must be numbers in a list, an array or a dense tensor on the CPU, got "
+            f"{type(values).__name__} ({error}): pass values.detach().cpu().float(), "
+            "or values.to_dense() of a sparse tensor"
+        ) from error
+    checked = np.sort(given.ravel())[::-1]
     if checked.size == 0 or not np.isfinite(checked).all() or checked[-1] < 0:
         raise DecompositionError("singular values are one or more finite numbers, none below 0")
     return checked
