@@ -38,15 +38,23 @@ from rankfold.layers._metric import GroupMetric, corrected_bias, group_metrics
 from rankfold.layers._ranks import below, check_rank
 from rankfold.layers._twin import TwinLayer
 from rankfold.layers.conv._conv import STOCK, ConvShape, chain_macs, convolve, dense_twin, grouped
-from rankfold.layers.conv._conv_plan import ChainPlan, Groups, Mode, constant_groups, merge, plan_chain, singles
+from rankfold.layers.conv._conv_schedule import (
+    ChainSchedule,
+    Groups,
+    Mode,
+    constant_groups,
+    merge,
+    schedule_chain,
+    singles,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 PLAIN = (Tensor, nn.Parameter)
 """Types of tensors whose values are what they seem; others are quantised, sharded or traced."""
-MOST_PLANS = 1024
-"""Shapes of inputs that one layer remembers the plan of."""
+MOST_SCHEDULES = 1024
+"""Input shapes whose schedule one layer remembers."""
 
 
 def _mean_values(matrices: Tensor) -> Tensor:
@@ -80,7 +88,7 @@ class FactorisedConv(TwinLayer):
     """A convolution as a chain of stock convolutions; the final classes name its form and its dense twin.
 
     The forward pass runs the stages one by one, or merges neighbouring ones and convolves with the product of their
-    kernels: whichever `plan` finds cheaper for the shape of the input, with or without gradients. The result is
+    kernels: whichever `schedule` finds cheaper for the shape of the input, with or without gradients. The result is
     the same to rounding. Stages are merged only while they are what this class made them: a stage that is
     hooked (also by hooks on all modules), wrapped, parametrised, quantised, sharded or pruned to another shape is
     run as it is, and so are all others. So are they where shapes are symbols, in an exported or compiled program.
@@ -122,7 +130,7 @@ class FactorisedConv(TwinLayer):
             self.add_module(name, place(conv, device))
         ends = combinations(range(len(stages) + 1), 2)
         self._merged = {(start, stop): merge(self._stages[start:stop]) for start, stop in ends if stop - start > 1}
-        self._plans: dict[tuple[Any, ...], Groups] = {}
+        self._schedules: dict[tuple[Any, ...], Groups] = {}
         self._unmerged: set[tuple[Any, ...]] = set()  # shapes that are a chain in either memory format
         self.reset_parameters()
 
@@ -135,7 +143,7 @@ class FactorisedConv(TwinLayer):
         fresh_bias_(self.bias, shape.fan_in, generator)
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Conv gives it
-        """Convolve, stage by stage or with stages merged, as planned for this input."""
+        """Convolve, stage by stage or with stages merged, as scheduled for this input."""
         for start, stop in self._grouping(input):
             if stop - start == 1:
                 stage = self._modules[self._stage_names[start]]
@@ -145,7 +153,7 @@ class FactorisedConv(TwinLayer):
                 input = convolve(input, kernel, bias, self._merged[start, stop].shape)
         return input
 
-    def plan(self, input: Tensor | Sequence[int], training: bool | None = None) -> ChainPlan:
+    def schedule(self, input: Tensor | Sequence[int], training: bool | None = None) -> ChainSchedule:
         """Return how the layer is computed for an input, and what that costs.
 
         Args:
@@ -159,17 +167,17 @@ class FactorisedConv(TwinLayer):
             >>> import rankfold
             >>> small = rankfold.layers.CPConv2d(1, 10, 3, rank=6)
             >>> large = rankfold.layers.CPConv2d(256, 256, 3, rank=256)
-            >>> small.plan((64, 1, 28, 28), training=True).way, large.plan((8, 256, 28, 28), training=True).way
+            >>> small.schedule((64, 1, 28, 28), training=True).way, large.schedule((8, 256, 28, 28), training=True).way
             ('rebuilt', 'chain')
         """
         given = input if isinstance(input, Tensor) else None
         mode = Mode(*self._mode(self._weights(), given))
         if training is not None:
             mode = mode._replace(weights=training, input=training)
-        return plan_chain(self._stages, tuple(given.shape if given is not None else input), mode)
+        return schedule_chain(self._stages, tuple(given.shape if given is not None else input), mode)
 
     def _grouping(self, input: Tensor) -> Groups:
-        """Return the groups of stages planned for an input, or the plain chain where stages may not be merged."""
+        """Return the groups of stages scheduled for an input, or the plain chain where stages may not be merged."""
         plain = type(input) in PLAIN
         asks = torch.is_grad_enabled() or torch.compiler.is_compiling()
         # this short way is felt in small models
@@ -184,18 +192,20 @@ class FactorisedConv(TwinLayer):
         if hooks._has_any_global_hook() or torch._C._get_tracing_state():  # type: ignore[no-untyped-call]
             return self._chain
         key = (input.shape, mode)
-        groups = self._plans.get(key)
+        groups = self._schedules.get(key)
         if groups is None:
-            if len(self._plans) >= MOST_PLANS:
-                self._plans.clear()
+            if len(self._schedules) >= MOST_SCHEDULES:
+                self._schedules.clear()
                 self._unmerged.clear()
-            groups = self._plans[key] = self._planned(input.shape, Mode(*mode))
-            if all(self._planned(input.shape, Mode(last, itemsize=mode[-1])) == self._chain for last in (False, True)):
+            groups = self._schedules[key] = self._scheduled(input.shape, Mode(*mode))
+            if all(
+                self._scheduled(input.shape, Mode(last, itemsize=mode[-1])) == self._chain for last in (False, True)
+            ):
                 self._unmerged.add((input.shape, input.dtype))
         return groups
 
-    def _planned(self, shape: Sequence[int], mode: Mode) -> Groups:
-        return plan_chain(self._stages, tuple(shape), mode).groups
+    def _scheduled(self, shape: Sequence[int], mode: Mode) -> Groups:
+        return schedule_chain(self._stages, tuple(shape), mode).groups
 
     def _mode(self, weights: Sequence[Tensor], input: Tensor | None) -> tuple[bool, bool, bool, int]:
         """Return the fields of a `Mode`; plain, since every call asks."""

@@ -15,8 +15,8 @@ from rankfold.layers._ranks import CANDIDATES, break_even, check_rank, spread, t
 from rankfold.layers.tensor._structured import Box, StructuredLinear, finite_weight_of, sum_boxes, widened
 from rankfold.layers.tensor._tt_chain import RESOLVED, Train
 from rankfold.layers.tensor._tt_contract import contract
-from rankfold.layers.tensor._tt_order import BATCHES, Chain, Sweep, bucket, plan_sweep
-from rankfold.layers.tensor._tt_plan import wants_gradients
+from rankfold.layers.tensor._tt_order import BATCHES, Chain, Sweep, bucket, schedule_sweep
+from rankfold.layers.tensor._tt_schedule import wants_gradients
 
 
 @final
@@ -60,20 +60,20 @@ class KroneckerLinear(StructuredLinear):
 
     def _prepare(self) -> None:
         chain = _chain(self._form, self._rank)
-        self._plans = {
-            training: tuple(plan_sweep(chain, rows, training=training) for rows in BATCHES)
+        self._schedules = {
+            training: tuple(schedule_sweep(chain, rows, training=training) for rows in BATCHES)
             for training in (False, True)
         }
 
-    def plan(self, rows: int | torch.SymInt, training: bool | None = None) -> Sweep:
+    def schedule(self, rows: int | torch.SymInt, training: bool | None = None) -> Sweep:
         """Return the order of the products for a number of rows, by default for the mode of a call at this place."""
         mode = wants_gradients(list(self.cores)) if training is None else training
-        return self._plans[mode][bucket(rows)]
+        return self._schedules[mode][bucket(rows)]
 
     def _multiply(self, rows: Tensor) -> Tensor:
         left, right = self.cores
         train = [left.permute(1, 2, 0).unsqueeze(0), right.unsqueeze(3)]  # (1, m_1, n_1, r), (r, m_2, n_2, 1)
-        return contract(rows.unsqueeze(2), train, self.plan(rows.shape[0])).squeeze(2)
+        return contract(rows.unsqueeze(2), train, self.schedule(rows.shape[0])).squeeze(2)
 
     def _matrix(self) -> Tensor:
         left, right = self.cores
@@ -101,7 +101,7 @@ class KroneckerLinear(StructuredLinear):
 
     @staticmethod
     def _macs(form: Train, rank: Rank, rows: int) -> int:
-        return plan_sweep(_chain(form, rank), BATCHES[bucket(rows)]).macs(rows)
+        return schedule_sweep(_chain(form, rank), BATCHES[bucket(rows)]).macs(rows)
 
     @staticmethod
     def _full(form: Train) -> int:

@@ -19,8 +19,8 @@ from rankfold.layers._ranks import check_rank, spread
 from rankfold.layers.tensor._structured import Box, StructuredLinear, sum_boxes, widened
 from rankfold.layers.tensor._tt_chain import RESOLVED, Train
 from rankfold.layers.tensor._tt_contract import matrices_of, merge, sweep_state
-from rankfold.layers.tensor._tt_order import BATCHES, CHUNK, LARGEST_MERGE, Chain, Sweep, bucket, plan_sweep
-from rankfold.layers.tensor._tt_plan import wants_gradients
+from rankfold.layers.tensor._tt_order import BATCHES, CHUNK, LARGEST_MERGE, Chain, Sweep, bucket, schedule_sweep
+from rankfold.layers.tensor._tt_schedule import wants_gradients
 
 Shape: TypeAlias = tuple[int, int, int, int]
 
@@ -32,7 +32,7 @@ CANDIDATES = 16
 
 
 @dataclass(frozen=True)
-class RingPlan:
+class RingSchedule:
     """How a ring is multiplied with rows: cut after its first `head` cores, or rebuilt.
 
     Attributes:
@@ -100,22 +100,22 @@ class TRLinear(StructuredLinear):
     def _prepare(self) -> None:
         shapes = tuple(_core_shapes(self._form, self._rank))
         self._merging = _chain(shapes[:-1]).merge(0, len(shapes) - 1).order
-        self._plans = {
-            training: tuple(plan_ring(shapes, rows, training=training) for rows in BATCHES)
+        self._schedules = {
+            training: tuple(schedule_ring(shapes, rows, training=training) for rows in BATCHES)
             for training in (False, True)
         }
 
-    def plan(self, rows: int | torch.SymInt, training: bool | None = None) -> RingPlan:
+    def schedule(self, rows: int | torch.SymInt, training: bool | None = None) -> RingSchedule:
         """Return the order of contraction for a number of rows, by default for the mode of a call at this place."""
         mode = wants_gradients(list(self.cores)) if training is None else training
-        return self._plans[mode][bucket(rows)]
+        return self._schedules[mode][bucket(rows)]
 
     def _multiply(self, rows: Tensor) -> Tensor:
-        plan, cores = self.plan(rows.shape[0]), list(self.cores)
-        if plan.sweep is None:
+        schedule, cores = self.schedule(rows.shape[0]), list(self.cores)
+        if schedule.sweep is None:
             return rows @ self._matrix().T
-        head, tail = merge(cores[: plan.head], plan.merging), open_tail(cores[plan.head :])
-        sweep, matrices = plan.sweep, matrices_of(tail, plan.sweep)
+        head, tail = merge(cores[: schedule.head], schedule.merging), open_tail(cores[schedule.head :])
+        sweep, matrices = schedule.sweep, matrices_of(tail, schedule.sweep)
         ring, m, n, bond = head.shape
         closing = head.permute(1, 2, 3, 0).reshape(m, n * bond * ring)
         outputs, inputs = math.prod(self._form.out_shape) // m, math.prod(self._form.in_shape) // n  # of the tail
@@ -126,9 +126,9 @@ class TRLinear(StructuredLinear):
             output: Tensor = closing @ state.reshape(part.shape[0], n * bond * ring, outputs)
             return output.flatten(1)  # rows, m and the outputs of the tail
 
-        if torch.compiler.is_compiling() or rows.shape[0] <= plan.chunk:  # the number of rows may be a symbol
+        if torch.compiler.is_compiling() or rows.shape[0] <= schedule.chunk:  # the number of rows may be a symbol
             return run(rows)
-        parts = torch.split(rows, plan.chunk)
+        parts = torch.split(rows, schedule.chunk)
         return torch.cat([run(part) for part in parts])
 
     def _matrix(self) -> Tensor:
@@ -151,7 +151,7 @@ class TRLinear(StructuredLinear):
 
     @staticmethod
     def _macs(form: Train, rank: Rank, rows: int) -> int:
-        return plan_ring(tuple(_core_shapes(form, rank)), BATCHES[bucket(rows)]).macs(rows)
+        return schedule_ring(tuple(_core_shapes(form, rank)), BATCHES[bucket(rows)]).macs(rows)
 
     @staticmethod
     def _full(form: Train) -> int:
@@ -206,7 +206,7 @@ def _decomposed(form: Train, folded: Tensor, rank: Rank) -> tuple[list[Tensor], 
 
 
 @lru_cache(maxsize=4096)
-def plan_ring(shapes: tuple[Shape, ...], rows: int, *, training: bool = False) -> RingPlan:
+def schedule_ring(shapes: tuple[Shape, ...], rows: int, *, training: bool = False) -> RingSchedule:
     """Return the cheapest way to multiply a ring of cores of these shapes with a number of rows."""
     ways = [_cut_after(shapes, head, rows, training) for head in range(1, len(shapes))]
     entries = math.prod(m * n for _, m, n, _ in shapes)
@@ -215,17 +215,17 @@ def plan_ring(shapes: tuple[Shape, ...], rows: int, *, training: bool = False) -
     return min(ways, key=lambda way: way.score)
 
 
-def _cut_after(shapes: tuple[Shape, ...], head: int, rows: int, training: bool) -> RingPlan:
-    """The plan with the first `head` cores merged and applied after the train of the others."""
+def _cut_after(shapes: tuple[Shape, ...], head: int, rows: int, training: bool) -> RingSchedule:
+    """The schedule with the first `head` cores merged and applied after the train of the others."""
     first = _chain(shapes[:head])
     out, columns = math.prod(first.out_shape), math.prod(first.in_shape)
-    sweep = plan_sweep(_tail_chain(shapes[head:]), rows * columns, training=training)
+    sweep = schedule_sweep(_tail_chain(shapes[head:]), rows * columns, training=training)
     carried = math.prod(shape[1] for shape in shapes[head:])
     closing = _product(out, first.core(0, head) // out, rows, training, columns=carried)
     merging = _merging(first, training)
     state = columns * shapes[head][0] * carried * shapes[0][0]
     largest = CHUNK // sweep.chunk if sweep.chunk else 0  # entries per row of the train
-    return RingPlan(
+    return RingSchedule(
         head,
         sweep,
         max(1, CHUNK // max(state, columns * largest)),
@@ -236,8 +236,8 @@ def _cut_after(shapes: tuple[Shape, ...], head: int, rows: int, training: bool) 
     )
 
 
-def _rebuilt(shapes: tuple[Shape, ...], rows: int, training: bool) -> RingPlan:
-    """The plan that rebuilds the weight."""
+def _rebuilt(shapes: tuple[Shape, ...], rows: int, training: bool) -> RingSchedule:
+    """The schedule that rebuilds the weight."""
     head, (bond, m, n, ring) = _chain(shapes[:-1]), shapes[-1]
     ends = head.core(0, len(shapes) - 1) // (bond * ring)
     closing = _product(m * n, bond * ring, ends, training)
@@ -245,7 +245,7 @@ def _rebuilt(shapes: tuple[Shape, ...], rows: int, training: bool) -> RingPlan:
     merging = _merging(head, training)
     fixed = merging.fixed_macs + closing.macs(ends)
     score, order = product.score + closing.score + merging.score, head.merge(0, len(shapes) - 1).order
-    return RingPlan(0, None, 0, fixed, product.row_macs, score, order)
+    return RingSchedule(0, None, 0, fixed, product.row_macs, score, order)
 
 
 def _merging(chain: Chain, training: bool) -> Sweep:
@@ -257,7 +257,7 @@ def _merging(chain: Chain, training: bool) -> Sweep:
 
 def _product(out: int, into: int, rows: int, training: bool, *, columns: int = 1) -> Sweep:
     """What the product of one matrix with rows, or with that many matrices of some columns, costs: MACs per column."""
-    return plan_sweep(Chain((out,), (into,), (1, 1)), rows, training=training, columns=columns)
+    return schedule_sweep(Chain((out,), (into,), (1, 1)), rows, training=training, columns=columns)
 
 
 def _chain(shapes: Sequence[Shape]) -> Chain:

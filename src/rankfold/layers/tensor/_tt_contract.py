@@ -1,4 +1,4 @@
-"""A tensor train times a batch of vectors, carried out in a planned order.
+"""A tensor train times a batch of vectors, carried out in a scheduled order.
 
 The state of a sweep is a batch of matrices whose middle axis is what the next core contracts, so that every
 step is a view and one matrix product. From the left, a merged group takes
@@ -76,7 +76,7 @@ def contract(state: Tensor, cores: Sequence[Tensor], sweep: Sweep) -> Tensor:
     Args:
         state: (rows, r_0 times product of in, columns); from the right r_0 must be 1.
         cores: (r, out_k, in_k, r'), the last r' is 1.
-        sweep: the order, from `plan_sweep`.
+        sweep: the order, from `schedule_sweep`.
 
     Returns:
         (rows, product of out, columns).

@@ -15,10 +15,10 @@ from rankfold.layers._contract import Call, Cost, Rank
 from rankfold.layers.conv._conv import ConvShape, Size, convolve, dense_twin
 from rankfold.layers.tensor._tt_chain import Train, make_train
 from rankfold.layers.tensor._tt_contract import in_chunks, matrices_of, sweep_state
-from rankfold.layers.tensor._tt_conv_plan import ConvPlan, conv_plans, describe_conv, plan_conv
+from rankfold.layers.tensor._tt_conv_schedule import ConvSchedule, conv_schedules, describe_conv, schedule_conv
 from rankfold.layers.tensor._tt_layer import TTLayer
 from rankfold.layers.tensor._tt_order import BATCHES, Sweep, bucket
-from rankfold.layers.tensor._tt_plan import TTPlan, checked_recompute, wants_gradients
+from rankfold.layers.tensor._tt_schedule import TTSchedule, checked_recompute, wants_gradients
 
 
 class TTConv(TTLayer):
@@ -26,7 +26,7 @@ class TTConv(TTLayer):
 
     `K[(c_1 ... c_d), (s_1 ... s_d), x, y] = G_0[x, y] G_1[:, c_1, s_1] ... G_d[:, c_d, s_d]`. The forward pass applies
     the `r_0` filters of `G_0` to every input channel and sweeps over the channels, or rebuilds the kernel for
-    one convolution, whichever is planned cheaper for the number of output positions and for inference or training.
+    one convolution, whichever is predicted to be cheaper for the number of output positions, in inference or training.
     With groups the train is that of the kernel `(out, in / groups, kernel…)`, which is always rebuilt: it saves
     parameters, not time. Images are taken in chunks as rows are by `TTLinear`.
     """
@@ -67,7 +67,7 @@ class TTConv(TTLayer):
         self._assemble(train, rank, device, dtype)
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         self.recompute = checked_recompute(type(self).__name__, recompute)
-        self._plans = conv_plans(self._chain, (train.out_size, train.in_size), groups, recompute)
+        self._schedules = conv_schedules(self._chain, (train.out_size, train.in_size), groups, recompute)
         self._padded = math.prod(train.in_shape) - in_channels
         self.reset_parameters()
 
@@ -77,19 +77,21 @@ class TTConv(TTLayer):
         fresh_bias_(self.bias, ConvShape.of(self).fan_in, generator)
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Conv gives it
-        """Convolve by the plan for this number of output positions."""
+        """Convolve by the schedule for this number of output positions."""
         axes = len(self.kernel_size)
         maps = input if input.dim() == axes + 2 else input.unsqueeze(0)
         positions = math.prod(ConvShape.of(self).output_size(tuple(maps.shape[2:])))
         cores = list(self.cores)
-        plan = self._plans[wants_gradients(cores)][bucket(maps.shape[0] * positions)]
-        if plan.sweep is None:
+        schedule = self._schedules[wants_gradients(cores)][bucket(maps.shape[0] * positions)]
+        if schedule.sweep is None:
             output = convolve(maps, self.weight, self.bias, ConvShape.of(self))
         else:
-            output = self._chained(maps, cores, plan, plan.sweep, positions)
+            output = self._chained(maps, cores, schedule, schedule.sweep, positions)
         return output if input.dim() == axes + 2 else output.squeeze(0)
 
-    def _chained(self, maps: Tensor, cores: Sequence[Tensor], plan: ConvPlan, sweep: Sweep, positions: int) -> Tensor:
+    def _chained(
+        self, maps: Tensor, cores: Sequence[Tensor], schedule: ConvSchedule, sweep: Sweep, positions: int
+    ) -> Tensor:
         """Apply the shared filters to every channel, then the train over the channels, to some images at a time."""
         first, *channels = cores
         filters = first.shape[3]
@@ -110,10 +112,10 @@ class TTConv(TTLayer):
                 output = output + self.bias.unsqueeze(1).to(output.dtype)
             return output.reshape(output.shape[0], self.out_channels, *space)
 
-        chunk = 0 if torch.compiler.is_compiling() else plan.images(positions)
-        return in_chunks(run, maps, [kernel, *matrices_of(channels, sweep)], chunk=chunk, recompute=plan.recompute)
+        chunk = 0 if torch.compiler.is_compiling() else schedule.images(positions)
+        return in_chunks(run, maps, [kernel, *matrices_of(channels, sweep)], chunk=chunk, recompute=schedule.recompute)
 
-    def plan(self, input: Sequence[int], training: bool | None = None) -> TTPlan:
+    def schedule(self, input: Sequence[int], training: bool | None = None) -> TTSchedule:
         """Return how the layer is computed for the shape of an input, and what that costs.
 
         Args:
@@ -125,9 +127,9 @@ class TTConv(TTLayer):
         positions = math.prod(ConvShape.of(self).output_size(shape[-axes:]))
         cores = list(self.cores)
         mode = wants_gradients(cores) if training is None else training
-        plan = self._plans[mode][bucket(batch * positions)]
+        schedule = self._schedules[mode][bucket(batch * positions)]
         sizes = (self._train.out_size, self._train.in_size)
-        return describe_conv(self._chain, sizes, plan, (batch, positions), mode, cores[0].element_size())
+        return describe_conv(self._chain, sizes, schedule, (batch, positions), mode, cores[0].element_size())
 
     @property
     def weight(self) -> Tensor:
@@ -136,14 +138,14 @@ class TTConv(TTLayer):
 
     @classmethod
     def cost(cls, dense: nn.Module, calls: Sequence[Call], *, rank: Rank, **options: Any) -> Cost:
-        """Return parameters, and multiply-adds of the way planned for the output positions of each call."""
+        """Return parameters, and multiply-adds of the way chosen for the output positions of each call."""
         train = cls._train_of(dense, **options)
         shape, chain = ConvShape.of(dense), train.chain(rank)
         axes, macs = len(shape.kernel_size), 0
         for call in calls:
             rows = math.prod(call.output[: -axes - 1]) * math.prod(call.output[-axes:])
-            plan = plan_conv(chain, (train.out_size, train.in_size), shape.groups, BATCHES[bucket(rows)])
-            macs += plan.macs(rows)
+            schedule = schedule_conv(chain, (train.out_size, train.in_size), shape.groups, BATCHES[bucket(rows)])
+            macs += schedule.macs(rows)
         return Cost(train.params(rank) + shape.out_channels * shape.bias, macs)
 
     @staticmethod

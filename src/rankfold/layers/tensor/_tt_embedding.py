@@ -15,7 +15,7 @@ from rankfold.layers._build import Device, check_type, finite_weight
 from rankfold.layers._contract import Call, Cost, Rank
 from rankfold.layers.tensor._tt_chain import Train, make_train
 from rankfold.layers.tensor._tt_layer import TTLayer
-from rankfold.layers.tensor._tt_rows import RowPlan, bucket_of, rows_plans, table_rows
+from rankfold.layers.tensor._tt_rows import RowSchedule, bucket_of, row_schedules, table_rows
 
 REFUSED = {
     "max_norm": "it rescales rows of the table in place, and a train has none; normalise the output",
@@ -36,7 +36,7 @@ class TTEmbedding(TTLayer):
 
     With the digits `(i_1 ... i_d)` of index i in the radices `in_shape`, `row(i) = G_1[:, i_1] ... G_d[:, i_d]`, each
     slice (r, dim_k, r'). The slices are gathered and multiplied in a batch, after neighbouring cores have been
-    merged where that has less to gather (`plan`); an index that occurs several times is computed once, except
+    merged where that has less to gather (`schedule`); an index that occurs several times is computed once, except
     inside a compiled or exported program, where sizes must not depend on values. The table is never built. The
     output at `padding_idx` is zero and sends no gradient back.
 
@@ -95,7 +95,7 @@ class TTEmbedding(TTLayer):
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         train = make_train("TTEmbedding", (embedding_dim, num_embeddings), in_shape, out_shape)
         self._assemble(train, rank, device, dtype)
-        self._plans = rows_plans(self._chain)
+        self._schedules = row_schedules(self._chain)
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -113,9 +113,9 @@ class TTEmbedding(TTLayer):
             return output
         return output.masked_fill((input == self.padding_idx).unsqueeze(-1), 0)
 
-    def plan(self, rows: int) -> RowPlan:
+    def schedule(self, rows: int) -> RowSchedule:
         """Return which cores are merged before the look-up, and the order of the products, for distinct rows."""
-        return self._plans[bucket_of(rows)]
+        return self._schedules[bucket_of(rows)]
 
     def _distinct_rows(self, indices: Tensor) -> Tensor:
         """Return the rows of the indices, each index computed once."""
@@ -125,8 +125,8 @@ class TTEmbedding(TTLayer):
         return functional.embedding(places, self._rows(distinct))
 
     def _rows(self, indices: Tensor) -> Tensor:
-        plan = self._plans[bucket_of(indices.shape[0])]
-        rows = table_rows(list(self.cores), self._train.in_shape, indices, plan)
+        schedule = self._schedules[bucket_of(indices.shape[0])]
+        rows = table_rows(list(self.cores), self._train.in_shape, indices, schedule)
         # a slice of everything would cost a copy of the gradient
         return rows if rows.shape[1] == self.embedding_dim else rows[:, : self.embedding_dim]
 
@@ -150,10 +150,10 @@ class TTEmbedding(TTLayer):
 
     @classmethod
     def cost(cls, dense: nn.Module, calls: Sequence[Call], *, rank: Rank, **options: Any) -> Cost:
-        """Return parameters, and multiply-adds of the plan for each call, as if all its indices were distinct."""
+        """Return parameters, and multiply-adds of the schedule for each call, as if all its indices were distinct."""
         train = cls._train_of(dense, **options)
-        plans, rows = rows_plans(train.chain(rank)), [math.prod(call.input) for call in calls]
-        return Cost(train.params(rank), sum(plans[bucket_of(count)].macs(count) for count in rows))
+        schedules, rows = row_schedules(train.chain(rank)), [math.prod(call.input) for call in calls]
+        return Cost(train.params(rank), sum(schedules[bucket_of(count)].macs(count) for count in rows))
 
     @staticmethod
     def _arguments(dense: Any) -> dict[str, Any]:

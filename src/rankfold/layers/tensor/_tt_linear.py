@@ -16,8 +16,8 @@ from rankfold.layers._contract import Call, Cost, Rank
 from rankfold.layers.tensor._tt_chain import Train, make_train
 from rankfold.layers.tensor._tt_contract import core_list, in_chunks, matrices_of, sweep_state
 from rankfold.layers.tensor._tt_layer import TTLayer
-from rankfold.layers.tensor._tt_order import BATCHES, Sweep, bucket, plan_sweep
-from rankfold.layers.tensor._tt_plan import TTPlan, checked_recompute, describe, pick, sweeps, wants_gradients
+from rankfold.layers.tensor._tt_order import BATCHES, Sweep, bucket, schedule_sweep
+from rankfold.layers.tensor._tt_schedule import TTSchedule, checked_recompute, describe, pick, sweeps, wants_gradients
 
 
 @final
@@ -25,7 +25,7 @@ class TTLinear(TTLayer):
     """A linear layer whose weight is a tensor train over paired modes of outputs and inputs.
 
     `W[(m_1 ... m_d), (n_1 ... n_d)] = G_1[:, m_1, n_1] ... G_d[:, m_d, n_d]`. The forward pass is a chain of
-    reshapes and matrix products in an order planned for the number of rows and for inference or training (`plan`),
+    reshapes and matrix products in an order chosen for the number of rows and for inference or training (`schedule`),
     and builds the weight only where that is cheaper and the weight small. At rank 1 to 8 a layer of thousands of
     inputs has some hundred to some thousand parameters; at large ranks, or large batches, a dense or a low-rank layer
     is faster. Rows are taken in chunks, so that intermediates stay small; a compiled or exported program takes
@@ -80,7 +80,7 @@ class TTLinear(TTLayer):
         self._assemble(train, rank, device, dtype)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.recompute = checked_recompute("TTLinear", recompute)
-        self._plans = sweeps(self._chain, recompute)
+        self._schedules = sweeps(self._chain, recompute)
         self._padding = math.prod(train.in_shape) - in_features
         self._surplus = math.prod(train.out_shape) - out_features
         self.reset_parameters()
@@ -94,7 +94,7 @@ class TTLinear(TTLayer):
         """Multiply the train with the last axis of the input."""
         rows = input if input.dim() == 2 else input.reshape(-1, self.in_features)
         cores = core_list(self, len(self._chain.out_shape))
-        sweep = pick(self._plans, rows.shape[0], wants_gradients(cores))
+        sweep = pick(self._schedules, rows.shape[0], wants_gradients(cores))
         matrices = matrices_of(cores, sweep)
         if not sweep.recompute and (torch.compiler.is_compiling() or rows.shape[0] <= sweep.chunk):
             output = self._swept(sweep, rows, *matrices)  # the usual call, without detours
@@ -112,7 +112,7 @@ class TTLinear(TTLayer):
             output = output[:, : self.out_features]
         return output if self.bias is None else output + self.bias.to(output.dtype)  # autocast leaves it wide
 
-    def plan(self, batch: int, training: bool | None = None) -> TTPlan:
+    def schedule(self, batch: int, training: bool | None = None) -> TTSchedule:
         """Return how the layer is computed for a number of rows, and what that costs.
 
         Args:
@@ -122,12 +122,12 @@ class TTLinear(TTLayer):
         Example:
             >>> import torch
             >>> layer = TTLinear(4096, 4096, rank=8, in_shape=(8, 8, 8, 8), out_shape=(8, 8, 8, 8))
-            >>> layer.plan(1024, training=True).groups, layer.plan(1024, training=True).chunk
+            >>> layer.schedule(1024, training=True).groups, layer.schedule(1024, training=True).chunk
             (((0, 2), (2, 4)), 16)
         """
         cores = core_list(self, len(self._chain.out_shape))
         mode = wants_gradients(cores) if training is None else training
-        return describe(self._chain, pick(self._plans, batch, mode), batch, mode, cores[0].element_size())
+        return describe(self._chain, pick(self._schedules, batch, mode), batch, mode, cores[0].element_size())
 
     @property
     def weight(self) -> Tensor:
@@ -136,11 +136,11 @@ class TTLinear(TTLayer):
 
     @classmethod
     def cost(cls, dense: nn.Module, calls: Sequence[Call], *, rank: Rank, **options: Any) -> Cost:
-        """Return parameters, and multiply-adds of the order planned for the rows of each call."""
+        """Return parameters, and multiply-adds of the order chosen for the rows of each call."""
         train = cls._train_of(dense, **options)
         chain, bias = train.chain(rank), dense.out_features if dense.bias is not None else 0
         rows = [math.prod(call.input[:-1]) for call in calls]
-        macs = sum(plan_sweep(chain, BATCHES[bucket(count)]).macs(count) for count in rows)
+        macs = sum(schedule_sweep(chain, BATCHES[bucket(count)]).macs(count) for count in rows)
         return Cost(train.params(rank) + int(bias), macs)  # type: ignore[arg-type]
 
     @staticmethod

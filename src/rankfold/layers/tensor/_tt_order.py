@@ -1,11 +1,11 @@
-"""In which order a tensor train is contracted: planned on integers, by a model of the time of each step.
+"""The order in which a tensor train is contracted: found from sizes alone, by a model of the time of each step.
 
 A sweep takes the cores, neighbours merged into groups `[i, j)`, from the left or from the right. Each group is one
 step, a batch of matrix products per row. One group of all cores is the dense matrix, two are merged halves, d the
 plain sweep of Novikov et al. (2015); the groups are the shortest path from 0 to d. The cores of a group are merged by
 the fastest tree of products, as a chain of matrices is multiplied. The model counts the time of the products (short
 inner sizes and few columns are slow), what is moved, and calls; its constants fit float32 on one core with AVX-512.
-Only their ratios matter. `benchmarks/is_the_contraction_plan_right.py` checks it.
+Only their ratios matter. `benchmarks/is_the_contraction_schedule_right.py` checks it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 BATCHES = (1, 4, 32, 256, 2048, 16384)
-"""Rows that plans are made for; a call takes the plan of the next one, the last where rows are symbolic."""
+"""Row counts that schedules are made for: a call takes the next larger one, or the last where rows are symbolic."""
 
 LARGEST_MERGE = 2**24
 """Entries that merged cores may have: a dense weight beyond this is never rebuilt in a forward pass."""
@@ -241,7 +241,7 @@ class Sweep:
 
 
 def bucket(rows: int | torch.SymInt) -> int:
-    """Return which entry of `BATCHES` the plan for this many rows is made for."""
+    """Return the position in `BATCHES` of the schedule that serves this many rows."""
     last = len(BATCHES) - 1
     if not isinstance(rows, int):  # a symbol of an exported program: comparing it would fix its range
         return last
@@ -252,7 +252,9 @@ def bucket(rows: int | torch.SymInt) -> int:
 
 
 @lru_cache(maxsize=4096)
-def plan_sweep(chain: Chain, rows: int, *, both_ends: bool = True, training: bool = False, columns: int = 1) -> Sweep:
+def schedule_sweep(
+    chain: Chain, rows: int, *, both_ends: bool = True, training: bool = False, columns: int = 1
+) -> Sweep:
     """Return the order that the cost model finds fastest, each row carrying a number of columns."""
     left = _shortest(chain, rows, True, training, columns)
     if not both_ends:

@@ -1,4 +1,4 @@
-"""What a planned contraction costs: multiply-adds, what is moved, calls and memory, for a number of rows and a mode."""
+"""What a scheduled contraction costs for a number of rows, in inference or training: MACs, bytes, calls, memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from rankfold.errors import LayerError
-from rankfold.layers.tensor._tt_order import BATCHES, Chain, Pair, Sweep, bucket, plan_sweep
+from rankfold.layers.tensor._tt_order import BATCHES, Chain, Pair, Sweep, bucket, schedule_sweep
 
 
 @dataclass(frozen=True)
-class TTPlan:
+class TTSchedule:
     """How a tensor-train layer is computed for a number of rows.
 
     Attributes:
@@ -92,15 +92,15 @@ def checked_recompute(owner: str, recompute: object) -> float | None:
 def sweeps(chain: Chain, recompute: float | None) -> dict[bool, tuple[Sweep, ...]]:
     """Return the sweeps of a matrix for each of `BATCHES`, in inference (False) and training (True)."""
     ends = math.prod(chain.in_shape) + math.prod(chain.out_shape)
-    training = [plan_sweep(chain, rows, training=True) for rows in BATCHES]
+    training = [schedule_sweep(chain, rows, training=True) for rows in BATCHES]
     if recompute is not None:
         training = [replace(sweep, recompute=sweep.kept(chain) > recompute * ends) for sweep in training]
-    return {False: tuple(plan_sweep(chain, rows) for rows in BATCHES), True: tuple(training)}
+    return {False: tuple(schedule_sweep(chain, rows) for rows in BATCHES), True: tuple(training)}
 
 
-def pick(plans: dict[bool, tuple[Sweep, ...]], rows: int | torch.SymInt, training: bool) -> Sweep:
-    """Return the sweep planned for a number of rows."""
-    return plans[training][bucket(rows)]
+def pick(schedules: dict[bool, tuple[Sweep, ...]], rows: int | torch.SymInt, training: bool) -> Sweep:
+    """Return the sweep scheduled for a number of rows."""
+    return schedules[training][bucket(rows)]
 
 
 def wants_gradients(cores: Sequence[Tensor]) -> bool:
@@ -109,7 +109,7 @@ def wants_gradients(cores: Sequence[Tensor]) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def describe(chain: Chain, sweep: Sweep, rows: int, training: bool, itemsize: int, columns: int = 1) -> TTPlan:
+def describe(chain: Chain, sweep: Sweep, rows: int, training: bool, itemsize: int, columns: int = 1) -> TTSchedule:
     """Return the figures of a sweep over a matrix for a number of rows, each carrying a number of columns."""
     steps, chunk = sweep.steps(chain, columns), min(sweep.chunk or rows, rows)
     chunks = -(-rows // chunk) if chunk else 0
@@ -121,7 +121,7 @@ def describe(chain: Chain, sweep: Sweep, rows: int, training: bool, itemsize: in
     recomputed = sweep.recompute and training
     passes = (3 + recomputed) if training else 1
     swept = rows * columns * sweep.row_macs
-    return TTPlan(
+    return TTSchedule(
         rows=rows,
         training=training,
         groups=sweep.groups,

@@ -55,7 +55,7 @@ class Mode(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ChainPlan:
+class ChainSchedule:
     """Which stages of a chain of convolutions are merged for one shape of the input, and what that costs.
 
     Attributes:
@@ -205,21 +205,23 @@ def _product(left: Tensor, right: Tensor, join: Join) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def plan_chain(stages: Stages, input: tuple[int, ...], mode: Mode) -> ChainPlan:
+def schedule_chain(stages: Stages, input: tuple[int, ...], mode: Mode) -> ChainSchedule:
     """Return the cheapest groups for the shape `(batch, channels, space…)` or `(channels, space…)` of the input."""
     costs = _group_costs(stages, input, mode)
-    return min((_plan(groups, costs) for groups in _groupings(len(stages), costs)), key=lambda plan: plan.seconds)
+    return min(
+        (_schedule(groups, costs) for groups in _groupings(len(stages), costs)), key=lambda schedule: schedule.seconds
+    )
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def constant_groups(stages: Stages, input: tuple[int, ...], mode: Mode) -> Groups:
-    """Return the groups planned, to a tracer: all it sees is constant."""
-    return plan_chain(stages, tuple(input), Mode(*mode)).groups
+    """Return the groups scheduled, as a constant to a tracer."""
+    return schedule_chain(stages, tuple(input), Mode(*mode)).groups
 
 
 @dataclass(frozen=True)
 class _Cost:
-    """What one group costs: as `ChainPlan` has it, and the bytes of its input, its output and its kernel."""
+    """What one group costs: as `ChainSchedule` has it, and the bytes of its input, its output and its kernel."""
 
     macs: int
     launches: int
@@ -239,13 +241,13 @@ def _groupings(count: int, costs: dict[Pair, _Cost]) -> Iterator[Groups]:
                 yield groups
 
 
-def _plan(groups: Groups, costs: dict[Pair, _Cost]) -> ChainPlan:
+def _schedule(groups: Groups, costs: dict[Pair, _Cost]) -> ChainSchedule:
     chosen = [costs[group] for group in groups]
     saved, peak = 0, 0
     for cost in chosen:
         saved += cost.saved
         peak = max(peak, max(saved, cost.input + cost.kernel) + cost.output)
-    return ChainPlan(
+    return ChainSchedule(
         groups,
         macs=sum(cost.macs for cost in chosen),
         moved_bytes=sum(cost.input + cost.output + 2 * cost.kernel for cost in chosen),
@@ -257,7 +259,7 @@ def _plan(groups: Groups, costs: dict[Pair, _Cost]) -> ChainPlan:
 
 
 def _group_costs(stages: Stages, input: tuple[int, ...], mode: Mode) -> dict[Pair, _Cost]:
-    """Return the cost of every group that a plan may hold: none whose merged kernel is too large to rebuild."""
+    """Return the cost of every group that a schedule may hold: none whose merged kernel is too large to rebuild."""
     axes = len(stages[0].kernel_size)
     batch, sizes = math.prod(input[: -axes - 1]), [input[-axes:]]
     for stage in stages:
