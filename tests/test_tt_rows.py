@@ -42,7 +42,7 @@ class Largest(TorchDispatchMode):
 def test_rows_and_gradients_are_the_tables_duplicates_included(case, rank, repeats, seed):
     rows, dim, in_shape, out_shape = SHAPES[case]
     padding = seed % rows if seed % 2 else None
-    chain = TTEmbedding._train_of(nn.Embedding(rows, dim), in_shape=in_shape, out_shape=out_shape)
+    chain = TTEmbedding._form_of(nn.Embedding(rows, dim), in_shape=in_shape, out_shape=out_shape)
     layer = TTEmbedding(
         rows, dim, padding, dtype=F64, rank=min(rank, chain.full_rank()), in_shape=in_shape, out_shape=out_shape
     )

@@ -16,12 +16,13 @@ from rankfold._common._outputs import OutputError, output_error, output_tensors
 from rankfold._common._progress import track
 from rankfold._common._tensorfile import json_text, read_tensors, read_texts, write_tensors
 from rankfold._common._tensors import check_dense
-from rankfold._common._typing import Float
+from rankfold._common._typing import Float, Rank
 
 __all__ = [
     "Arguments",
     "Float",
     "OutputError",
+    "Rank",
     "atomic_path",
     "batch_arguments",
     "batch_target",

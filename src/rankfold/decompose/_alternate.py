@@ -22,6 +22,8 @@ from rankfold.decompose._unfold import relative, working_copy
 DAMPING = 1e-8  # share of the mean diagonal of normal equations that is added to the diagonal when a change is solved
 FINE = 1e-12  # the same where no factor comes of it, but a curve of errors: these are seen down to its root
 STEPS = 4  # of conjugate gradients per factor and sweep
+SWEEPS = 10  # over all factors, at most
+TOLERANCE = 2e-3  # sweeps end when one lowers the error by less than this share of it
 SETTLED = 1e-10  # a residual below this share of the first one is rounding
 
 

@@ -26,12 +26,12 @@ from rankfold.decompose._coupled_model import (
     right_step,
     squared_errors,
 )
-from rankfold.decompose._coupled_refine import EXACT, REFINEMENTS, Refined, is_small
+from rankfold.decompose._coupled_refine import REFINEMENTS, SOLVED, Refined, is_small
 from rankfold.decompose._coupled_start import STARTS, Neurons, from_neurons
 from rankfold.decompose._unfold import check_rank, working_copy
 from rankfold.errors import DecompositionError
 
-SWEEPS = 40
+MOST_SWEEPS = 40
 STALL = 1e-4  # a sweep that lowers the cost by less than this share of it ends the alternation
 DAMPINGS = (1.0, 0.3, 0.1)  # shares of a step of the directions that are tried
 SUBSETS = 3000  # subsets of columns that a k-rank may look at
@@ -186,7 +186,7 @@ def coupled(  # noqa: PLR0913 (one keyword per choice of the algorithm)
     refined: dict[str, Refined] = {}
     for name in ranked[: FINALISTS if is_small(runs[ranked[0]].state) else 1]:
         refined[name] = _refined(problem, runs[name].state, balance, solver, refine)
-        if refined[name].cost < EXACT:
+        if refined[name].cost < SOLVED:
             break
     best = min(refined, key=lambda name: refined[name].cost)
     result = _result(problem, refined[best].state, balance, values.mean(1), jacobians.dtype)
@@ -263,7 +263,7 @@ def _bent(problem: Problem, state: State, weight: float, solver: str) -> State:
 
 def _sweeps(problem: Problem, state: State, weight: float, solver: str) -> Refined:
     best, trace = state, [cost_of(problem, state, weight)]
-    for _ in range(SWEEPS):
+    for _ in range(MOST_SWEEPS):
         state = _sweep(problem, state, weight, solver)
         cost = cost_of(problem, state, weight)
         if cost < min(trace):

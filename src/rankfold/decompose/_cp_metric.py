@@ -12,6 +12,8 @@ from torch import Tensor
 
 from rankfold._common import Float
 from rankfold.decompose._alternate import (
+    SWEEPS,
+    TOLERANCE,
     Inner,
     Target,
     alternate,
@@ -27,10 +29,8 @@ from rankfold.decompose._factors import CP
 from rankfold.decompose._metric import soft_marginals, symmetric_root
 from rankfold.decompose._unfold import check_rank, khatri_rao, mode_product, working_copy
 
-SWEEPS = 10
-TOLERANCE = 2e-3
 WORK = 1e11  # multiply-adds that the sweeps may take: about ten seconds of one core
-STEPS = 3  # of conjugate gradients per factor and sweep
+FACTOR_STEPS = 3  # of conjugate gradients per factor and sweep
 RIDGE = 1e-6  # damping of the output factor: terms of CP are nearly dependent
 ROUGH = 60  # sweeps of the fit of the whitened kernel, which only begins
 ANCHORS = 6
@@ -205,12 +205,12 @@ class _Form:
     def swept(self, best: _Fit, iterations: int, tolerance: float, work: float) -> tuple[_Fit, tuple[float, ...], bool]:
         """Return a fit after sweeps over its factors, as many as fit into the work; its errors, and if it settled."""
         step = best.out.shape[1] * self.target.moment.numel()
-        affordable = int(work // (step * (STEPS + 2) * len(self.dims)))
+        affordable = int(work // (step * (FACTOR_STEPS + 2) * len(self.dims)))
 
         def improve() -> float:
             nonlocal best
             for mode in range(len(best.inner) - 1, -1, -1):
-                fresh = improved(self.target, best.out, best.inner[mode], self.factor(best, mode), STEPS)
+                fresh = improved(self.target, best.out, best.inner[mode], self.factor(best, mode), FACTOR_STEPS)
                 inner = [*best.inner[:mode], fresh, *best.inner[mode + 1 :]]
                 best = min(best, self.fitted(inner, best.out), key=_error_of)
             return best.error

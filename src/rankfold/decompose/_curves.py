@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
+MEASURED = 3  # ranks at which an estimated curve is measured
 LEAST = 1e-9  # an estimate below this says nothing about a ratio
 
 

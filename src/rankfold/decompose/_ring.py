@@ -6,12 +6,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from rankfold._common import Float
+from rankfold._common import Float, Rank
 from rankfold.decompose._factors import TR
 from rankfold.decompose._svd import svd
 from rankfold.decompose._tt import tensor_train
@@ -26,8 +25,6 @@ from rankfold.decompose._unfold import (
     working_copy,
 )
 from rankfold.errors import DecompositionError
-
-Rank: TypeAlias = int | tuple[int, ...]
 
 EXACT = 1e-7
 """Errors below this are not refined: normal equations have half the digits."""

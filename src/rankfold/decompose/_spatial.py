@@ -11,6 +11,8 @@ from torch import Tensor
 from rankfold._common import Float
 from rankfold.decompose._alternate import (
     STEPS,
+    SWEEPS,
+    TOLERANCE,
     Inner,
     Target,
     alternate,
@@ -20,14 +22,11 @@ from rankfold.decompose._alternate import (
     quadratic_error,
     solve_left,
 )
-from rankfold.decompose._curves import calibrated, spread_over
+from rankfold.decompose._curves import MEASURED, calibrated, spread_over
 from rankfold.decompose._metric import root_of
 from rankfold.decompose._unfold import check_rank, in_dtype, relative_difference, split_axis, working_copy
 
-SWEEPS = 10
 CURVE_SWEEPS, CURVE_WORK = 2, 4e9  # sweeps at the ranks where a curve is measured, multiply-adds for them
-ANCHORS = 3  # such ranks
-TOLERANCE = 2e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +164,7 @@ def separable_errors(
     normal, wanted = form.equations(right)
     curve = [nested_errors(target, normal, wanted, second)[rank - 1] for rank in ranks]
     step = (STEPS + 2) * CURVE_SWEEPS * target.moment.numel()
-    places = [k for k in spread_over(curve, ANCHORS) if ranks[k] * step <= CURVE_WORK and ranks[k] < full]
+    places = [k for k in spread_over(curve, MEASURED) if ranks[k] * step <= CURVE_WORK and ranks[k] < full]
     begun = [form.fitted(right[: ranks[k]]) for k in places]
     measured = [form.swept(fit, CURVE_SWEEPS, 0.0)[2][-1] for fit in begun]
     curve = calibrated(curve, places, measured) if places else curve

@@ -11,7 +11,7 @@ from typing import TypeAlias, overload
 import torch
 from torch import Tensor
 
-from rankfold._common import Float, check_dense
+from rankfold._common import Float, Rank, check_dense
 from rankfold.decompose._factors import TT, TTMatrix
 from rankfold.decompose._svd import singular_values
 from rankfold.decompose._tt_cores import inner, orthogonalise_from_right, unpaired
@@ -19,7 +19,6 @@ from rankfold.decompose._tt_shapes import bonds, pair_modes
 from rankfold.decompose._unfold import check_tolerance, relative, squared_norm, working_copy
 from rankfold.errors import DecompositionError
 
-Rank: TypeAlias = int | tuple[int, ...]
 Basis: TypeAlias = tuple[Tensor, float]
 
 GRAM_MARGIN = 1e3

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankfold._common import Float, check_dense
-from rankfold.decompose._alternate import Inner, damped_cholesky, solve_inner
-from rankfold.decompose._curves import calibrated, spread_over
+from rankfold._common import Float, Rank, check_dense
+from rankfold.decompose._alternate import TOLERANCE, Inner, damped_cholesky, solve_inner
+from rankfold.decompose._curves import MEASURED, calibrated, spread_over
 from rankfold.decompose._factors import TTMatrix
 from rankfold.decompose._metric import (
     SOFTENING,
@@ -22,18 +22,16 @@ from rankfold.decompose._metric import (
     soft_marginals,
     symmetric_root,
 )
-from rankfold.decompose._tt import Rank, tt_matrix, tt_roundings
+from rankfold.decompose._tt import tt_matrix, tt_roundings
 from rankfold.decompose._tt_cores import unpaired
 from rankfold.decompose._tt_shapes import pair_modes
 from rankfold.decompose._unfold import in_dtype, relative, relative_difference, split_axis, working_copy
 from rankfold.errors import DecompositionError
 
-SWEEPS = 6
-TOLERANCE = 2e-3
+CORE_SWEEPS = 6
 WORK = 5e10  # multiply-adds that the solves may take: about five seconds of one core
-STEPS = 3  # of conjugate gradients per core
+CORE_STEPS = 3  # of conjugate gradients per core
 CURVE_SWEEPS, CURVE_WORK = 1, 1e9  # sweeps at each of the ranks where a curve is measured, multiply-adds for them
-ANCHORS = 3  # ranks at which the curve of errors is measured in the metric itself
 
 
 def metric_tt_matrix(
@@ -44,7 +42,7 @@ def metric_tt_matrix(
     *,
     second_moment: Tensor,
     rows: Tensor | None = None,
-    iterations: int = SWEEPS,
+    iterations: int = CORE_SWEEPS,
 ) -> TTMatrix:
     """Return a matrix as a tensor train over paired modes, at the least error of the outputs of the layer.
 
@@ -124,7 +122,7 @@ def metric_tt_errors(
     form = _Form.of(work, second_moment, rows, tuple(out_shape), tuple(in_shape))
     found = tt_roundings(pair_modes(form.whitened(), out_shape, in_shape), ranks)
     white = [train.error for train in found]
-    places = spread_over(white, ANCHORS)
+    places = spread_over(white, MEASURED)
     begun = [form.coloured(unpaired(found[k], out_shape, in_shape).cores) for k in places]
     measured = [form.swept(cores, CURVE_SWEEPS, CURVE_WORK)[1][-1] for cores in begun]
     return calibrated(white, places, measured)
@@ -195,7 +193,7 @@ class _Form:
         """Return cores after sweeps, as many solves as fit into the work, and the errors after each."""
         trace, step = [self.error(best)], self.matrix.numel() * self.matrix.shape[1]
         order = [*range(len(best)), *range(len(best) - 2, 0, -1)]
-        for count in range(min(int(work // (step * (STEPS + 2))), iterations * len(order))):
+        for count in range(min(int(work // (step * (CORE_STEPS + 2))), iterations * len(order))):
             fresh = self.solved(best, order[count % len(order)])
             error = self.error(fresh)
             best, error = (fresh, error) if error < trace[-1] else (best, trace[-1])
@@ -224,7 +222,9 @@ class _Form:
             return (half @ after.T).reshape(cores[place].shape)
 
         inner = Inner(expand, collect, self._preconditioner(cores, place))
-        fresh = solve_inner(lambda rows: self.weights * rows, self.weights * self.image, cores[place], inner, STEPS)
+        fresh = solve_inner(
+            lambda rows: self.weights * rows, self.weights * self.image, cores[place], inner, CORE_STEPS
+        )
         return [*cores[:place], fresh, *cores[place + 1 :]]
 
     def _preconditioner(self, cores: Sequence[Tensor], place: int) -> Callable[[Tensor], Tensor]:

@@ -11,7 +11,7 @@ from operator import mul
 
 from torch import Tensor
 
-from rankfold._common import check_dense
+from rankfold._common import Rank, check_dense
 from rankfold.decompose._unfold import check_rank
 from rankfold.errors import DecompositionError
 
@@ -71,7 +71,7 @@ def _padded(matrix: Tensor, out_shape: Sequence[int], in_shape: Sequence[int]) -
     return matrix
 
 
-def bonds(shape: Sequence[int], rank: int | tuple[int, ...] | None) -> tuple[int, ...]:
+def bonds(shape: Sequence[int], rank: Rank | None) -> tuple[int, ...]:
     """Return one rank per bond of a tensor train of the given dims.
 
     An int is a cap for all bonds, clipped to the largest rank possible at each; None is the full rank.

@@ -12,6 +12,8 @@ from torch import Tensor
 from rankfold._common import Float
 from rankfold.decompose._alternate import (
     FINE,
+    SWEEPS,
+    TOLERANCE,
     Inner,
     Target,
     alternate,
@@ -24,9 +26,6 @@ from rankfold.decompose._metric import root_of
 from rankfold.decompose._tucker import tucker
 from rankfold.decompose._unfold import check_rank, in_dtype, relative, relative_difference, split_axis, working_copy
 from rankfold.errors import DecompositionError
-
-SWEEPS = 10
-TOLERANCE = 2e-3
 
 
 def metric_tucker(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold._common import device_of, example_arguments, first_tensor, to_device, track
+from rankfold._common import Rank, device_of, example_arguments, first_tensor, to_device, track
 from rankfold.errors import DataError
 from rankfold.latency._cache import cache_file, cache_folder, read_cases, write_cases
 from rankfold.latency._race import Latency, Timing, steady_clock, time_models
@@ -37,7 +37,6 @@ from rankfold.stats import (
     Curve,
     LayerTime,
     LayerTimes,
-    Rank,
     Setting,
     Stats,
     coordinates,
@@ -49,7 +48,7 @@ from rankfold.stats import (
 ALLOCATORS = ("GLIBC_TUNABLES", "LD_PRELOAD")  # and MALLOC_…: what the environment says of the allocator
 SHARES = {1: (1 / 8, 1 / 4, 1 / 2, 4 / 5), 2: (1 / 6, 2 / 5, 4 / 5)}
 """Ranks to time, as shares of the largest with fewer parameters, by the number of entries of a rank."""
-STEPS = (4, 8, 16, 32)
+GRAINS = (4, 8, 16, 32)
 """Steps in which hardware may like its ranks: tried on the largest layer of each kind."""
 LARGEST_BASE, LEAST_BASE = 256, 32
 SAME = 0.02  # two times that differ by less are the same
@@ -271,9 +270,9 @@ class _Table:
             full, grid = cls.full_rank(case.layer, **options), cls.rank_grid(case.layer, **options)
             if isinstance(full, tuple) or cls.method != "svd":
                 continue
-            base = min(LARGEST_BASE, max(map(_first, grid)) // 2 // max(STEPS) * max(STEPS))
+            base = min(LARGEST_BASE, max(map(_first, grid)) // 2 // max(GRAINS) * max(GRAINS))
             if base >= LEAST_BASE:
-                ranks = [base + step for step in (1, *STEPS) if base + step <= full]
+                ranks = [base + step for step in (1, *GRAINS) if base + step <= full]
                 models = {str(rank): _fresh((cls, options), case.layer, rank) for rank in ranks}
                 times = self._race(case, models)
                 least = [min(times[str(rank)].seconds) for rank in ranks]

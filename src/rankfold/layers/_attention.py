@@ -27,7 +27,8 @@ class SeparateAttention(nn.Module):
     `v = v_proj(value)`, and `out_proj` of the heads side by side. Where the weights are not asked for
     (`need_weights=False`), `torch.nn.functional.scaled_dot_product_attention` computes it.
 
-    Reference: Vaswani et al. 2017, section 3.2.
+    Reference:
+        Vaswani et al. 2017, section 3.2.
 
     Example:
         >>> dense = nn.MultiheadAttention(32, 4, batch_first=True)

@@ -37,7 +37,8 @@ class LowRankEmbedding(MatrixLayer):
     `sparse` and `scale_grad_by_freq` act on the gradient of `down`. A row of zeros at `padding_idx` stays zero.
     `max_norm` would rescale rows of a table that doesn't exist here: it raises a `LayerError`, as a bad rank does.
 
-    Reference: Lan et al. 2020 (ALBERT), section 3.1.
+    Reference:
+        Lan et al. 2020 (ALBERT), section 3.1.
 
     Example:
         >>> layer = LowRankEmbedding(1000, 64, padding_idx=0, rank=8)

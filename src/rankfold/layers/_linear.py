@@ -34,7 +34,10 @@ class LowRankLinear(MatrixLayer):
 
     `weight = up.weight @ down.weight`, the best approximation of this rank in the Frobenius norm
     (Eckart and Young 1936), with rank * (in + out) weights. The arguments are those of `nn.Linear`, then `rank`,
-    at most min(in, out). A bad rank raises a `LayerError`. It saves nothing from rank in * out / (in + out) on.
+    at most min(in, out). It saves nothing from rank in * out / (in + out) on.
+
+    Raises:
+        LayerError: a rank out of range.
 
     Example:
         >>> layer = LowRankLinear(512, 512, rank=64)

@@ -3,7 +3,7 @@
 from rankfold.stats._measure import measure
 from rankfold.stats._moments import Moments, add_product
 from rankfold.stats._stats import LayerStats, Stats
-from rankfold.stats._times import CallTime, Curve, LayerTime, LayerTimes, Rank, Setting, coordinates
+from rankfold.stats._times import CallTime, Curve, LayerTime, LayerTimes, Setting, coordinates
 from rankfold.stats._walk import count_bytes, count_params, left_alone, uncompiled, walk
 from rankfold.stats._watch import observing
 
@@ -14,7 +14,6 @@ __all__ = [
     "LayerTime",
     "LayerTimes",
     "Moments",
-    "Rank",
     "Setting",
     "Stats",
     "add_product",

@@ -6,13 +6,13 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
+from rankfold._common import Rank
 from rankfold.errors import DataError
 
-Rank: TypeAlias = int | tuple[int, ...]
 MOST_AXES = 2  # ranks with more entries are measured along their geometric mean
 
 

@@ -183,9 +183,12 @@ class CPConv1d(_CPConv):
 
     `weight[t, s, i] = sum_r up[t, r] down[r, s] depthwise[r, i]`, with rank * (in + k + out) weights. The
     arguments are those of `nn.Conv1d`, then `rank` (of each group); `separable` changes nothing with one axis.
-    A bad rank raises a `LayerError`.
 
-    Reference: Lebedev et al. 2015, section 3.2; stable fit as in Phan et al. 2020.
+    Raises:
+        LayerError: a rank out of range.
+
+    Reference:
+        Lebedev et al. 2015, section 3.2; stable fit as in Phan et al. 2020.
 
     Example:
         >>> CPConv1d(8, 8, 3, rank=4)(torch.ones(1, 8, 10)).shape
@@ -201,10 +204,13 @@ class CPConv2d(_CPConv):
 
     `weight[t, s, i, j] = sum_r up[t, r] down[r, s] depthwise[r, i, j]`, with rank * (in + kh * kw + out) weights;
     with `separable=True`, `depthwise[r, i, j] = depthwise0[r, i] depthwise1[r, j]` in two convolutions and
-    rank * (in + kh + kw + out) weights. The arguments are those of `nn.Conv2d`, then `rank` (of each group).
-    A bad rank raises a `LayerError`. A CP rank may exceed the number of channels.
+    rank * (in + kh + kw + out) weights. The arguments are those of `nn.Conv2d`, then `rank` (of each group). A CP rank may exceed the number of channels.
 
-    Reference: Lebedev et al. 2015, section 3.2; stable fit as in Phan et al. 2020.
+    Raises:
+        LayerError: a rank out of range.
+
+    Reference:
+        Lebedev et al. 2015, section 3.2; stable fit as in Phan et al. 2020.
 
     Example:
         >>> sum(p.numel() for p in CPConv2d(10, 10, 3, rank=3, separable=True, bias=False).parameters())
@@ -219,9 +225,13 @@ class CPConv3d(_CPConv):
     """A 3-D convolution as pointwise, depthwise, pointwise: the CP decomposition of its kernel.
 
     The depthwise stage holds the whole kernel `(kd, kh, kw)`, or with `separable=True` one axis after the
-    other. The arguments are those of `nn.Conv3d`, then `rank` (of each group). A bad rank raises a `LayerError`.
+    other. The arguments are those of `nn.Conv3d`, then `rank` (of each group).
 
-    Reference: Lebedev et al. 2015, section 3.2; stable fit as in Phan et al. 2020.
+    Raises:
+        LayerError: a rank out of range.
+
+    Reference:
+        Lebedev et al. 2015, section 3.2; stable fit as in Phan et al. 2020.
 
     Example:
         >>> CPConv3d(4, 4, 3, padding="same", rank=3)(torch.ones(1, 4, 5, 5, 5)).shape

@@ -134,9 +134,13 @@ class TuckerConv1d(_TuckerConv):
     """A 1-D convolution as pointwise, core, pointwise: the Tucker-2 decomposition of its kernel.
 
     `weight[t, s, i] = sum_{p, q} up[t, p] core[p, q, i] down[q, s]`. The arguments are those of
-    `nn.Conv1d`, then `rank = (out, in)` (of each group). A bad rank raises a `LayerError`.
+    `nn.Conv1d`, then `rank = (out, in)` (of each group).
 
-    Reference: Kim et al. 2016, section 3.1.
+    Raises:
+        LayerError: a rank out of range.
+
+    Reference:
+        Kim et al. 2016, section 3.1.
 
     Example:
         >>> TuckerConv1d(8, 8, 3, rank=(4, 2))(torch.ones(1, 8, 10)).shape
@@ -152,9 +156,13 @@ class TuckerConv2d(_TuckerConv):
 
     `weight[t, s, i, j] = sum_{p, q} up[t, p] core[p, q, i, j] down[q, s]`, fitted by HOOI; it has
     `in * q + p * q * kh * kw + out * p` weights. The arguments are those of `nn.Conv2d`, then
-    `rank = (out, in)` (of each group), at most (out, in). A bad rank raises a `LayerError`.
+    `rank = (out, in)` (of each group), at most (out, in).
 
-    Reference: Kim et al. 2016, section 3.1.
+    Raises:
+        LayerError: a rank out of range.
+
+    Reference:
+        Kim et al. 2016, section 3.1.
 
     Example:
         >>> layer = TuckerConv2d(64, 64, 3, stride=2, padding=1, rank=(16, 8))
@@ -170,9 +178,13 @@ class TuckerConv3d(_TuckerConv):
     """A 3-D convolution as pointwise, core, pointwise: the Tucker-2 decomposition of its kernel.
 
     The core holds the whole kernel `(kd, kh, kw)`. The arguments are those of `nn.Conv3d`, then
-    `rank = (out, in)` (of each group). A bad rank raises a `LayerError`.
+    `rank = (out, in)` (of each group).
 
-    Reference: Kim et al. 2016, section 3.1.
+    Raises:
+        LayerError: a rank out of range.
+
+    Reference:
+        Kim et al. 2016, section 3.1.
 
     Example:
         >>> TuckerConv3d(4, 4, 3, rank=(2, 2))(torch.ones(1, 4, 5, 5, 5)).shape

@@ -274,10 +274,13 @@ class SVDLinear(SVDForm):
     """A linear layer in SVD form: `weight = up.weight @ diag(scale) @ down.weight`.
 
     The arguments are those of `nn.Linear`, then `rank`, at most min(in, out); fresh values are the SVD of a fresh
-    dense weight. It is a form to train in: `truncated` makes the plain `LowRankLinear` of it. A bad rank raises a
-    `LayerError`.
+    dense weight. It is a form to train in: `truncated` makes the plain `LowRankLinear` of it.
 
-    Reference: Yang et al. 2020, section 3.1.
+    Raises:
+        LayerError: a rank out of range.
+
+    Reference:
+        Yang et al. 2020, section 3.1.
 
     Example:
         >>> layer = SVDLinear.from_dense(nn.Linear(6, 4), rank=4)

@@ -93,9 +93,13 @@ class SVDConv1d(_SVDConv):
     """A 1-D convolution in SVD form: `Conv1d(in, rank, k)`, times the values, and `Conv1d(rank, out, 1)`.
 
     The arguments are those of `nn.Conv1d`, then `rank` (of each group), at most min(out, in * k) of a group; `split`
-    can only be "channel". `truncated` makes the plain `LowRankConv1d` of it. A bad rank raises a `LayerError`.
+    can only be "channel". `truncated` makes the plain `LowRankConv1d` of it.
 
-    Reference: Yang et al. 2020, section 3.1 (channel-wise).
+    Raises:
+        LayerError: a rank out of range.
+
+    Reference:
+        Yang et al. 2020, section 3.1 (channel-wise).
 
     Example:
         >>> SVDConv1d(8, 8, 3, rank=8)(torch.ones(1, 8, 10)).shape
@@ -113,9 +117,13 @@ class SVDConv2d(_SVDConv):
     `split="channel"`: `Conv2d(in, rank, (kh, kw))`, times the values, then `Conv2d(rank, out, 1)`; `split="spatial"`:
     `Conv2d(in, rank, (kh, 1))`, times the values, then `Conv2d(rank, out, (1, kw))`. The arguments are those of
     `nn.Conv2d`, then `rank` (of each group), at most min(out, in * kh * kw) or min(in * kh, out * kw). `truncated`
-    makes the plain `LowRankConv2d` of it. A bad rank or split raises a `LayerError`.
+    makes the plain `LowRankConv2d` of it.
 
-    Reference: Yang et al. 2020, section 3.1.
+    Raises:
+        LayerError: a rank out of range, or a split that the kernel does not have.
+
+    Reference:
+        Yang et al. 2020, section 3.1.
 
     Example:
         >>> layer = SVDConv2d(8, 16, 3, padding=1, rank=24, split="spatial")
@@ -132,9 +140,13 @@ class SVDConv3d(_SVDConv):
     """A 3-D convolution in SVD form, split as `LowRankConv3d` splits it, with the values as a parameter of their own.
 
     The arguments are those of `nn.Conv3d`, then `rank` (of each group) and `split`. `truncated` makes the plain
-    `LowRankConv3d` of it. A bad rank or split raises a `LayerError`.
+    `LowRankConv3d` of it.
 
-    Reference: Yang et al. 2020, section 3.1 (of two axes of space).
+    Raises:
+        LayerError: a rank out of range, or a split that the kernel does not have.
+
+    Reference:
+        Yang et al. 2020, section 3.1 (of two axes of space).
 
     Example:
         >>> layer = SVDConv3d(4, 6, 3, rank=12, split="spatial")

@@ -13,7 +13,7 @@ from rankfold.layers._contract import Rank, Spectrum
 from rankfold.layers._matrix import product_norm
 from rankfold.layers._ranks import CANDIDATES, break_even, check_rank, spread, tail_errors
 from rankfold.layers.tensor._structured import Box, StructuredLinear, finite_weight_of, widened
-from rankfold.layers.tensor._tt_chain import Train
+from rankfold.layers.tensor._tt_chain import TTForm
 
 FEW_ROWS = 16
 """Up to this many rows are multiplied from the left, where the blocks are read once and little else is moved."""
@@ -93,33 +93,33 @@ class BTTLinear(StructuredLinear):
         return [core.flatten(0, 1) for core in self.cores]
 
     @staticmethod
-    def _shapes(form: Train, rank: Rank) -> list[tuple[int, ...]]:
+    def _shapes(form: TTForm, rank: Rank) -> list[tuple[int, ...]]:
         checked: Any = check_rank(form.owner, rank, BTTLinear._full(form))
         (down, height), (across, width) = form.out_shape, form.in_shape
         return [(across, down * checked, width), (down, height, across * checked)]
 
     @classmethod
-    def _factors(cls, form: Train, matrix: Tensor, rank: Rank, seed: int) -> tuple[Tensor, Tensor]:
+    def _factors(cls, form: TTForm, matrix: Tensor, rank: Rank, seed: int) -> tuple[Tensor, Tensor]:
         del seed  # nothing is random
         found = block_tensor_train(matrix, form.out_shape, form.in_shape, rank)  # type: ignore[arg-type]
         first = found.right.transpose(0, 1).flatten(1, 2)  # across, down rank, width
         return first, found.left.transpose(1, 2).flatten(2)  # down, height, across rank
 
     @staticmethod
-    def _macs(form: Train, rank: Rank, rows: int) -> int:
+    def _macs(form: TTForm, rank: Rank, rows: int) -> int:
         return rows * BTTLinear._params(form, rank)
 
     @staticmethod
-    def _full(form: Train) -> int:
+    def _full(form: TTForm) -> int:
         return min(form.out_shape[1], form.in_shape[1])
 
     @staticmethod
-    def _candidates(form: Train, multiple: int) -> Sequence[Rank]:
+    def _candidates(form: TTForm, multiple: int) -> Sequence[Rank]:
         most = break_even(BTTLinear._params(form, 1), form.out_size * form.in_size)
         return spread(min(most, BTTLinear._full(form)), multiple, CANDIDATES)
 
     @classmethod
-    def _weight_errors(cls, form: Train, matrix: Tensor, ranks: Sequence[Rank], seed: int) -> tuple[float, ...]:
+    def _weight_errors(cls, form: TTForm, matrix: Tensor, ranks: Sequence[Rank], seed: int) -> tuple[float, ...]:
         """Return the errors from the singular values of every block."""
         del seed  # nothing is random
         checked: list[Any] = [*ranks]
@@ -132,7 +132,7 @@ class BTTLinear(StructuredLinear):
         return (Spectrum(_block_values(form, matrix), (form.out_shape[1], form.in_shape[1])),)
 
 
-def _block_values(form: Train, matrix: Tensor) -> Tensor:
+def _block_values(form: TTForm, matrix: Tensor) -> Tensor:
     """The singular values of the blocks, the root of the sum of their squares over the blocks."""
     values = block_singular_values(matrix, form.out_shape, form.in_shape)
     norms: Tensor = torch.linalg.vector_norm(values, dim=(0, 1))

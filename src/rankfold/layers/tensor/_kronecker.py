@@ -13,10 +13,10 @@ from rankfold.decompose import kronecker_sum, rearranged, singular_values, svd
 from rankfold.layers._contract import Rank, Spectrum
 from rankfold.layers._ranks import CANDIDATES, break_even, check_rank, spread, tail_errors
 from rankfold.layers.tensor._structured import Box, StructuredLinear, finite_weight_of, sum_boxes, widened
-from rankfold.layers.tensor._tt_chain import RESOLVED, Train
+from rankfold.layers.tensor._tt_chain import RESOLVED, TTForm
 from rankfold.layers.tensor._tt_contract import contract
 from rankfold.layers.tensor._tt_order import BATCHES, Chain, Sweep, bucket, schedule_sweep
-from rankfold.layers.tensor._tt_schedule import wants_gradients
+from rankfold.layers.tensor._tt_schedule import for_batches, pick, wants_gradients
 
 
 @final
@@ -60,15 +60,12 @@ class KroneckerLinear(StructuredLinear):
 
     def _prepare(self) -> None:
         chain = _chain(self._form, self._rank)
-        self._schedules = {
-            training: tuple(schedule_sweep(chain, rows, training=training) for rows in BATCHES)
-            for training in (False, True)
-        }
+        self._schedules = for_batches(lambda rows, training: schedule_sweep(chain, rows, training=training))
 
     def schedule(self, rows: int | torch.SymInt, training: bool | None = None) -> Sweep:
         """Return the order of the products for a number of rows, by default for the mode of a call at this place."""
         mode = wants_gradients(list(self.cores)) if training is None else training
-        return self._schedules[mode][bucket(rows)]
+        return pick(self._schedules, rows, mode)
 
     def _multiply(self, rows: Tensor) -> Tensor:
         left, right = self.cores
@@ -90,30 +87,30 @@ class KroneckerLinear(StructuredLinear):
         return [left.permute(1, 2, 0), right.flatten(0, 1)]
 
     @staticmethod
-    def _shapes(form: Train, rank: Rank) -> list[tuple[int, ...]]:
+    def _shapes(form: TTForm, rank: Rank) -> list[tuple[int, ...]]:
         checked: Any = check_rank(form.owner, rank, KroneckerLinear._full(form))
         return [(checked, m, n) for m, n in zip(form.out_shape, form.in_shape, strict=True)]
 
     @classmethod
-    def _factors(cls, form: Train, matrix: Tensor, rank: Rank, seed: int) -> tuple[Tensor, Tensor]:
+    def _factors(cls, form: TTForm, matrix: Tensor, rank: Rank, seed: int) -> tuple[Tensor, Tensor]:
         found = kronecker_sum(matrix, form.out_shape, form.in_shape, rank, seed=seed)  # type: ignore[arg-type]
         return found.left, found.right
 
     @staticmethod
-    def _macs(form: Train, rank: Rank, rows: int) -> int:
+    def _macs(form: TTForm, rank: Rank, rows: int) -> int:
         return schedule_sweep(_chain(form, rank), BATCHES[bucket(rows)]).macs(rows)
 
     @staticmethod
-    def _full(form: Train) -> int:
+    def _full(form: TTForm) -> int:
         return min(m * n for m, n in zip(form.out_shape, form.in_shape, strict=True))
 
     @staticmethod
-    def _candidates(form: Train, multiple: int) -> Sequence[Rank]:
+    def _candidates(form: TTForm, multiple: int) -> Sequence[Rank]:
         most = break_even(KroneckerLinear._params(form, 1), form.out_size * form.in_size)
         return spread(min(most, KroneckerLinear._full(form)), multiple, CANDIDATES)
 
     @classmethod
-    def _weight_errors(cls, form: Train, matrix: Tensor, ranks: Sequence[Rank], seed: int) -> tuple[float, ...]:
+    def _weight_errors(cls, form: TTForm, matrix: Tensor, ranks: Sequence[Rank], seed: int) -> tuple[float, ...]:
         """Return the errors from one SVD; what falls on padding is left out."""
         checked: list[Any] = [*ranks]
         paired = rearranged(matrix, form.out_shape, form.in_shape)
@@ -130,7 +127,7 @@ class KroneckerLinear(StructuredLinear):
         return (Spectrum(singular_values(paired), (rows, columns)),)
 
 
-def _chain(form: Train, rank: Any) -> Chain:
+def _chain(form: TTForm, rank: Any) -> Chain:
     return Chain(form.out_shape, form.in_shape, (1, rank, 1))
 
 
@@ -141,7 +138,7 @@ def _gram(left: Tensor, right: Tensor, rows: Box, columns: Box) -> Tensor:
     return (one @ one.T) * (other @ other.T)
 
 
-def _padded_errors(form: Train, paired: Tensor, ranks: Sequence[int], seed: int) -> list[float]:
+def _padded_errors(form: TTForm, paired: Tensor, ranks: Sequence[int], seed: int) -> list[float]:
     """The errors where the shapes exceed the weight: the tails, less the energy that the terms have outside of it."""
     found = svd(paired, max(ranks), seed=seed)
     (m1, m2), (n1, n2) = form.out_shape, form.in_shape

@@ -17,16 +17,16 @@ from rankfold.errors import DecompositionError, LayerError
 from rankfold.layers._contract import Rank, Spectrum
 from rankfold.layers._ranks import check_rank, spread
 from rankfold.layers.tensor._structured import Box, StructuredLinear, sum_boxes, widened
-from rankfold.layers.tensor._tt_chain import RESOLVED, Train
+from rankfold.layers.tensor._tt_chain import RESOLVED, TTForm
 from rankfold.layers.tensor._tt_contract import matrices_of, merge, sweep_state
 from rankfold.layers.tensor._tt_order import BATCHES, CHUNK, LARGEST_MERGE, Chain, Sweep, bucket, schedule_sweep
-from rankfold.layers.tensor._tt_schedule import wants_gradients
+from rankfold.layers.tensor._tt_schedule import for_batches, pick, wants_gradients
 
 Shape: TypeAlias = tuple[int, int, int, int]
 
 REFINING = 5e10
 """Multiply-adds that refining a decomposition may take, so that planning large layers at many ranks stays quick."""
-SWEEPS = 20
+REFINING_SWEEPS = 20
 CANDIDATES = 16
 """Each is decomposed on its own to know its error."""
 
@@ -100,15 +100,12 @@ class TRLinear(StructuredLinear):
     def _prepare(self) -> None:
         shapes = tuple(_core_shapes(self._form, self._rank))
         self._merging = _chain(shapes[:-1]).merge(0, len(shapes) - 1).order
-        self._schedules = {
-            training: tuple(schedule_ring(shapes, rows, training=training) for rows in BATCHES)
-            for training in (False, True)
-        }
+        self._schedules = for_batches(lambda rows, training: schedule_ring(shapes, rows, training=training))
 
     def schedule(self, rows: int | torch.SymInt, training: bool | None = None) -> RingSchedule:
         """Return the order of contraction for a number of rows, by default for the mode of a call at this place."""
         mode = wants_gradients(list(self.cores)) if training is None else training
-        return self._schedules[mode][bucket(rows)]
+        return pick(self._schedules, rows, mode)
 
     def _multiply(self, rows: Tensor) -> Tensor:
         schedule, cores = self.schedule(rows.shape[0]), list(self.cores)
@@ -141,30 +138,30 @@ class TRLinear(StructuredLinear):
         return [core.flatten(2).flatten(0, 1) for core in self.cores]
 
     @staticmethod
-    def _shapes(form: Train, rank: Rank) -> list[tuple[int, ...]]:
+    def _shapes(form: TTForm, rank: Rank) -> list[tuple[int, ...]]:
         return [*_core_shapes(form, rank)]
 
     @classmethod
-    def _factors(cls, form: Train, matrix: Tensor, rank: Rank, seed: int) -> list[Tensor]:
+    def _factors(cls, form: TTForm, matrix: Tensor, rank: Rank, seed: int) -> list[Tensor]:
         del seed  # nothing is random
         return _decomposed(form, form.fold(matrix), rank)[0]
 
     @staticmethod
-    def _macs(form: Train, rank: Rank, rows: int) -> int:
+    def _macs(form: TTForm, rank: Rank, rows: int) -> int:
         return schedule_ring(tuple(_core_shapes(form, rank)), BATCHES[bucket(rows)]).macs(rows)
 
     @staticmethod
-    def _full(form: Train) -> int:
+    def _full(form: TTForm) -> int:
         return max(ring_bonds(form.modes, None))
 
     @staticmethod
-    def _candidates(form: Train, multiple: int) -> Sequence[Rank]:
+    def _candidates(form: TTForm, multiple: int) -> Sequence[Rank]:
         caps = range(1, TRLinear._full(form) + 1)
         paying = bisect_left(caps, form.out_size * form.in_size, key=lambda cap: TRLinear._params(form, cap))
         return spread(paying, multiple, CANDIDATES)
 
     @classmethod
-    def _weight_errors(cls, form: Train, matrix: Tensor, ranks: Sequence[Rank], seed: int) -> tuple[float, ...]:
+    def _weight_errors(cls, form: TTForm, matrix: Tensor, ranks: Sequence[Rank], seed: int) -> tuple[float, ...]:
         """Return the errors, decomposed at each rank; padding is left out."""
         del seed  # nothing is random
         whole = form.fold(matrix)
@@ -186,7 +183,7 @@ class TRLinear(StructuredLinear):
         return ()
 
 
-def _core_shapes(form: Train, rank: Rank) -> list[Shape]:
+def _core_shapes(form: TTForm, rank: Rank) -> list[Shape]:
     """The shapes of all cores at a rank, or a `LayerError`."""
     full = ring_bonds(form.modes, None)
     checked = check_rank(form.owner, rank, full if isinstance(rank, (tuple, list)) else max(full))
@@ -197,11 +194,13 @@ def _core_shapes(form: Train, rank: Rank) -> list[Shape]:
     return list(zip(bonds, form.out_shape, form.in_shape, (*bonds[1:], bonds[0]), strict=True))
 
 
-def _decomposed(form: Train, folded: Tensor, rank: Rank) -> tuple[list[Tensor], float]:
+def _decomposed(form: TTForm, folded: Tensor, rank: Rank) -> tuple[list[Tensor], float]:
     """The cores of a folded weight in its dtype, and the error on all of it."""
     shapes = _core_shapes(form, rank)
     sweep = sum(folded.numel() * before * after for before, _, _, after in shapes)
-    found = tensor_ring(folded, tuple(shape[0] for shape in shapes), iterations=min(SWEEPS, int(REFINING // sweep)))
+    found = tensor_ring(
+        folded, tuple(shape[0] for shape in shapes), iterations=min(REFINING_SWEEPS, int(REFINING // sweep))
+    )
     return [core.reshape(shape) for core, shape in zip(found.cores, shapes, strict=True)], found.error
 
 

@@ -28,7 +28,7 @@ from rankfold.layers._contract import Call, Cost, Metric, Options, Rank
 from rankfold.layers._metric import corrected_bias, group_metrics, measured_errors, output_error
 from rankfold.layers._ranks import below
 from rankfold.layers._twin import TwinLayer
-from rankfold.layers.tensor._tt_chain import PADDING, TYPICAL_MODE, Train, make_train
+from rankfold.layers.tensor._tt_chain import PADDING, TYPICAL_MODE, TTForm, make_form
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -75,7 +75,7 @@ class StructuredLinear(TwinLayer):
 
     @staticmethod
     @abstractmethod
-    def _shapes(form: Train, rank: Rank) -> list[tuple[int, ...]]:
+    def _shapes(form: TTForm, rank: Rank) -> list[tuple[int, ...]]:
         """Return the shapes of the cores, or raise a `LayerError` for a rank that does not fit."""
 
     @abstractmethod
@@ -100,22 +100,22 @@ class StructuredLinear(TwinLayer):
 
     @classmethod
     @abstractmethod
-    def _factors(cls, form: Train, matrix: Tensor, rank: Rank, seed: int) -> Sequence[Tensor]:
+    def _factors(cls, form: TTForm, matrix: Tensor, rank: Rank, seed: int) -> Sequence[Tensor]:
         """Return the cores of a dense weight."""
 
     @staticmethod
     @abstractmethod
-    def _macs(form: Train, rank: Rank, rows: int) -> int:
+    def _macs(form: TTForm, rank: Rank, rows: int) -> int:
         """Return the multiply-adds for a number of rows."""
 
     @staticmethod
     @abstractmethod
-    def _full(form: Train) -> int:
+    def _full(form: TTForm) -> int:
         """Return the rank that cuts nothing."""
 
     @staticmethod
     @abstractmethod
-    def _candidates(form: Train, multiple: int) -> Sequence[Rank]:
+    def _candidates(form: TTForm, multiple: int) -> Sequence[Rank]:
         """Return ranks worth planning, in any order."""
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -222,7 +222,7 @@ class StructuredLinear(TwinLayer):
 
     @classmethod
     @abstractmethod
-    def _weight_errors(cls, form: Train, matrix: Tensor, ranks: Sequence[Rank], seed: int) -> tuple[float, ...]:
+    def _weight_errors(cls, form: TTForm, matrix: Tensor, ranks: Sequence[Rank], seed: int) -> tuple[float, ...]:
         """Return the relative error of the weight at each rank, known to fit."""
 
     @classmethod
@@ -242,7 +242,7 @@ class StructuredLinear(TwinLayer):
         return layer
 
     @classmethod
-    def _params(cls, form: Train, rank: Rank) -> int:
+    def _params(cls, form: TTForm, rank: Rank) -> int:
         return sum(map(math.prod, cls._shapes(form, rank)))
 
     @staticmethod
@@ -253,17 +253,17 @@ class StructuredLinear(TwinLayer):
     @classmethod
     def _form_of(
         cls, dense: Any, *, in_shape: Sequence[int] | None = None, out_shape: Sequence[int] | None = None
-    ) -> Train:
+    ) -> TTForm:
         check_type(cls, dense, nn.Linear)
         return cls._formed((dense.out_features, dense.in_features), in_shape, out_shape)
 
     @classmethod
-    def _formed(cls, sizes: tuple[int, int], in_shape: Sequence[int] | None, out_shape: Sequence[int] | None) -> Train:
+    def _formed(cls, sizes: tuple[int, int], in_shape: Sequence[int] | None, out_shape: Sequence[int] | None) -> TTForm:
         """Return the folded sides; by default balanced, of about `TYPICAL_MODE` where the number of dims is free."""
         if in_shape is None and out_shape is None:
             usual = round(math.log(max(sizes), TYPICAL_MODE))
             in_shape = balanced_shape(sizes[1], min(max(usual, cls.orders[0]), cls.orders[-1]))
-        form = make_train(cls.__name__, sizes, in_shape, out_shape)
+        form = make_form(cls.__name__, sizes, in_shape, out_shape)
         if len(cls.orders) == 1 and len(form.in_shape) != cls.orders[0]:
             raise LayerError(
                 f"{cls.__name__}: in_shape={form.in_shape} and out_shape={form.out_shape} must be two dims each"
@@ -292,7 +292,7 @@ def boxes(size: int, shape: Sequence[int]) -> Iterator[Box]:
             yield (*agreeing, slice(0, digit), *(slice(0, dim) for dim in shape[k + 1 :]))
 
 
-def sum_boxes(part: Callable[[Box, Box], Tensor], form: Train) -> Tensor:
+def sum_boxes(part: Callable[[Box, Box], Tensor], form: TTForm) -> Tensor:
     """Return the sum of `part(rows, columns)` over the boxes that make up the weight."""
     terms = [
         part(rows, columns)

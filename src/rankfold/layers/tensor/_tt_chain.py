@@ -32,7 +32,7 @@ RESOLVED = 1e-6
 
 
 @dataclass(frozen=True)
-class Train:
+class TTForm:
     """A matrix `out_size x in_size` as a train over padded modes; `lead` rows in front of it where it is not 0.
 
     A convolution's positions in the kernel are the lead: a core of their own, before those of the channels.
@@ -111,7 +111,7 @@ class Train:
         return torch.stack([pair_modes(part, self.out_shape, self.in_shape) for part in matrix])
 
 
-def make_train(
+def make_form(
     owner: str,
     sizes: tuple[int, int],
     in_shape: Sequence[int] | None,
@@ -119,7 +119,7 @@ def make_train(
     *,
     lead: int = 0,
     redundant: bool = False,
-) -> Train:
+) -> TTForm:
     """Return the train of a matrix of `sizes = (out, in)`; shapes not given are balanced, padded where needed."""
     given = out_shape if in_shape is None else in_shape
     order = _default_order(sizes) if given is None else len(given)
@@ -135,7 +135,7 @@ def make_train(
         raise LayerError(f"{owner}: a train needs two cores or more; out_shape={shapes[0]} makes one")
     if not isinstance(redundant, bool):
         raise LayerError(f"{owner}: redundant={redundant!r} is neither True nor False")
-    return Train(owner, sizes[0], sizes[1], shapes[0], shapes[1], lead, redundant)
+    return TTForm(owner, sizes[0], sizes[1], shapes[0], shapes[1], lead, redundant)
 
 
 def _default_order(sizes: tuple[int, int]) -> int:
@@ -173,23 +173,23 @@ def fresh_cores_(cores: Sequence[Tensor], generator: torch.Generator | None) -> 
             copy_(core, torch.empty(core.shape, device="cpu").uniform_(-bound, bound, generator=generator))
 
 
-def check_fillable(train: Train, rank: Rank) -> None:
+def check_fillable(form: TTForm, rank: Rank) -> None:
     """Raise a `LayerError` where a redundant train has bonds that no decomposition of a weight fills."""
-    if not train.redundant:
+    if not form.redundant:
         return
-    inner = train.chain(rank).ranks[1:-1]
+    inner = form.chain(rank).ranks[1:-1]
     try:
-        bonds(train.modes, inner)
+        bonds(form.modes, inner)
     except DecompositionError as error:
         raise LayerError(
-            f"{train.owner}: {error}; the parameters beyond that would start, and stay, at zero. Redundant bonds are "
+            f"{form.owner}: {error}; the parameters beyond that would start, and stay, at zero. Redundant bonds are "
             "for fresh layers: use the constructor or `like` (`init='random'`), or smaller bonds"
         ) from error
 
 
-def decomposed(train: Train, matrix: Tensor, rank: Rank) -> Sequence[Tensor]:
+def decomposed(form: TTForm, matrix: Tensor, rank: Rank) -> Sequence[Tensor]:
     """Return the cores of the TT-SVD of a weight."""
-    return tensor_train(train.fold(matrix), train.chain(rank).ranks[1:-1], dtype=torch.float64).cores
+    return tensor_train(form.fold(matrix), form.chain(rank).ranks[1:-1], dtype=torch.float64).cores
 
 
 def fill_cores_(cores: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -200,30 +200,30 @@ def fill_cores_(cores: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         copy_(core, (value * (mean / norm if norm else 1.0)).reshape(core.shape))
 
 
-def errors(train: Train, matrix: Tensor, ranks: Sequence[Rank]) -> tuple[float, ...]:
+def errors(form: TTForm, matrix: Tensor, ranks: Sequence[Rank]) -> tuple[float, ...]:
     """Return the error at each rank, measured on one TT-SVD rounded to each; what falls on padding is left out."""
-    folded = train.fold(matrix)
+    folded = form.fold(matrix)
     total = float(torch.linalg.vector_norm(folded)) ** 2
-    whole = replace(train, out_size=math.prod(train.out_shape), in_size=math.prod(train.in_shape))
+    whole = replace(form, out_size=math.prod(form.out_shape), in_size=math.prod(form.in_shape))
     found = []
-    for rounded in tt_roundings(folded, [train.chain(rank).ranks[1:-1] for rank in ranks]):
-        chain = train.chain(rounded.rank)
+    for rounded in tt_roundings(folded, [form.chain(rank).ranks[1:-1] for rank in ranks]):
+        chain = form.chain(rounded.rank)
         cores = [core.reshape(shape) for core, shape in zip(rounded.cores, chain.shapes, strict=True)]
-        padded = train != whole and rounded.error > RESOLVED
-        outside = float(squared_norm(cores, whole) - squared_norm(cores, train)) if padded else 0.0
+        padded = form != whole and rounded.error > RESOLVED
+        outside = float(squared_norm(cores, whole) - squared_norm(cores, form)) if padded else 0.0
         found.append(math.sqrt(max(rounded.error**2 - outside / max(total, 1e-300), 0.0)))
     return tuple(found)
 
 
-def dense_matrix(cores: Sequence[Tensor], train: Train, order: Sequence[int]) -> Tensor:
+def dense_matrix(cores: Sequence[Tensor], form: TTForm, order: Sequence[int]) -> Tensor:
     """Return the matrix, `(lead, out, in)` where there is a lead, cut to its size (differentiable)."""
     whole = merge(cores, order)[0, :, :, 0]
-    if not train.lead:
-        return whole[: train.out_size, : train.in_size]
-    return whole.reshape(train.lead, -1, whole.shape[1])[:, : train.out_size, : train.in_size]
+    if not form.lead:
+        return whole[: form.out_size, : form.in_size]
+    return whole.reshape(form.lead, -1, whole.shape[1])[:, : form.out_size, : form.in_size]
 
 
-def squared_norm(cores: Sequence[Tensor], train: Train) -> Tensor:
+def squared_norm(cores: Sequence[Tensor], form: TTForm) -> Tensor:
     """Return the squared Frobenius norm of the matrix cut to its size, by transfer matrices (differentiable).
 
     `E <- sum_mn G[:, m, n, :]^T E G[:, m, n, :]` adds up all entries. Where a shape exceeds the matrix, only the
@@ -232,11 +232,9 @@ def squared_norm(cores: Sequence[Tensor], train: Train) -> Tensor:
     """
     wide = [core.double() if core.dtype == torch.float64 else core.float() for core in cores]
     start = wide[0].new_ones(1, 1)
-    if train.lead:
+    if form.lead:
         start = _transfer(start, wide.pop(0))
-    moves = [
-        _moves(size, shape) for size, shape in ((train.out_size, train.out_shape), (train.in_size, train.in_shape))
-    ]
+    moves = [_moves(size, shape) for size, shape in ((form.out_size, form.out_shape), (form.in_size, form.in_shape))]
     states = {(moves[0][0][0][0], moves[1][0][0][0]): start}
     for k, core in enumerate(wide):
         reached: dict[tuple[bool, bool], Tensor] = {}

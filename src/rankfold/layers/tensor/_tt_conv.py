@@ -13,12 +13,12 @@ from torch.nn import functional
 from rankfold.layers._build import Device, check_type, finite_weight, fresh_bias_
 from rankfold.layers._contract import Call, Cost, Rank
 from rankfold.layers.conv._conv import ConvShape, Size, convolve, dense_twin
-from rankfold.layers.tensor._tt_chain import Train, make_train
+from rankfold.layers.tensor._tt_chain import TTForm, make_form
 from rankfold.layers.tensor._tt_contract import in_chunks, matrices_of, sweep_state
 from rankfold.layers.tensor._tt_conv_schedule import ConvSchedule, conv_schedules, describe_conv, schedule_conv
 from rankfold.layers.tensor._tt_layer import TTLayer
 from rankfold.layers.tensor._tt_order import BATCHES, Sweep, bucket
-from rankfold.layers.tensor._tt_schedule import TTSchedule, checked_recompute, wants_gradients
+from rankfold.layers.tensor._tt_schedule import TTSchedule, checked_recompute, pick, wants_gradients
 
 
 class TTConv(TTLayer):
@@ -63,12 +63,12 @@ class TTConv(TTLayer):
         super().__init__()
         values = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         twin = dense_twin(self, values, dtype)
-        train = _conv_train(type(self).__name__, ConvShape.of(twin), in_shape, out_shape, redundant)
-        self._assemble(train, rank, device, dtype)
+        form = _conv_form(type(self).__name__, ConvShape.of(twin), in_shape, out_shape, redundant)
+        self._assemble(form, rank, device, dtype)
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         self.recompute = checked_recompute(type(self).__name__, recompute)
-        self._schedules = conv_schedules(self._chain, (train.out_size, train.in_size), groups, recompute)
-        self._padded = math.prod(train.in_shape) - in_channels
+        self._schedules = conv_schedules(self._chain, (form.out_size, form.in_size), groups, recompute)
+        self._padded = math.prod(form.in_shape) - in_channels
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -82,7 +82,7 @@ class TTConv(TTLayer):
         maps = input if input.dim() == axes + 2 else input.unsqueeze(0)
         positions = math.prod(ConvShape.of(self).output_size(tuple(maps.shape[2:])))
         cores = list(self.cores)
-        schedule = self._schedules[wants_gradients(cores)][bucket(maps.shape[0] * positions)]
+        schedule = pick(self._schedules, maps.shape[0] * positions, wants_gradients(cores))
         if schedule.sweep is None:
             output = convolve(maps, self.weight, self.bias, ConvShape.of(self))
         else:
@@ -127,8 +127,8 @@ class TTConv(TTLayer):
         positions = math.prod(ConvShape.of(self).output_size(shape[-axes:]))
         cores = list(self.cores)
         mode = wants_gradients(cores) if training is None else training
-        schedule = self._schedules[mode][bucket(batch * positions)]
-        sizes = (self._train.out_size, self._train.in_size)
+        schedule = pick(self._schedules, batch * positions, mode)
+        sizes = (self._form.out_size, self._form.in_size)
         return describe_conv(self._chain, sizes, schedule, (batch, positions), mode, cores[0].element_size())
 
     @property
@@ -139,21 +139,21 @@ class TTConv(TTLayer):
     @classmethod
     def cost(cls, dense: nn.Module, calls: Sequence[Call], *, rank: Rank, **options: Any) -> Cost:
         """Return parameters, and multiply-adds of the way chosen for the output positions of each call."""
-        train = cls._train_of(dense, **options)
-        shape, chain = ConvShape.of(dense), train.chain(rank)
+        form = cls._form_of(dense, **options)
+        shape, chain = ConvShape.of(dense), form.chain(rank)
         axes, macs = len(shape.kernel_size), 0
         for call in calls:
             rows = math.prod(call.output[: -axes - 1]) * math.prod(call.output[-axes:])
-            schedule = schedule_conv(chain, (train.out_size, train.in_size), shape.groups, BATCHES[bucket(rows)])
+            schedule = schedule_conv(chain, (form.out_size, form.in_size), shape.groups, BATCHES[bucket(rows)])
             macs += schedule.macs(rows)
-        return Cost(train.params(rank) + shape.out_channels * shape.bias, macs)
+        return Cost(form.params(rank) + shape.out_channels * shape.bias, macs)
 
     @staticmethod
     def _arguments(dense: Any) -> dict[str, Any]:
         return ConvShape.of(dense).arguments()
 
     @classmethod
-    def _train_of(
+    def _form_of(
         cls,
         dense: Any,
         *,
@@ -161,10 +161,10 @@ class TTConv(TTLayer):
         out_shape: Sequence[int] | None = None,
         recompute: float | None = None,
         redundant: bool = False,
-    ) -> Train:
+    ) -> TTForm:
         check_type(cls, dense, cls.dense_type)
         checked_recompute(cls.__name__, recompute)
-        return _conv_train(cls.__name__, ConvShape.of(dense), in_shape, out_shape, redundant)
+        return _conv_form(cls.__name__, ConvShape.of(dense), in_shape, out_shape, redundant)
 
     @classmethod
     def _matrix_of(cls, dense: Any) -> Tensor:
@@ -172,15 +172,15 @@ class TTConv(TTLayer):
         return finite_weight(cls, dense).flatten(2).permute(2, 0, 1)
 
 
-def _conv_train(
+def _conv_form(
     owner: str,
     shape: ConvShape,
     in_shape: Sequence[int] | None,
     out_shape: Sequence[int] | None,
     redundant: bool,
-) -> Train:
+) -> TTForm:
     sizes = (shape.out_channels, shape.in_channels // shape.groups)
-    return make_train(owner, sizes, in_shape, out_shape, lead=math.prod(shape.kernel_size), redundant=redundant)
+    return make_form(owner, sizes, in_shape, out_shape, lead=math.prod(shape.kernel_size), redundant=redundant)
 
 
 @final
@@ -189,7 +189,8 @@ class TTConv1d(TTConv):
 
     The arguments are those of `nn.Conv1d`, then `rank` and the options of `TTConv2d`.
 
-    Reference: Garipov, Podoprikhin, Novikov, Vetrov 2016, Ultimate tensorization.
+    Reference:
+        Garipov, Podoprikhin, Novikov, Vetrov 2016, Ultimate tensorization.
 
     Example:
         >>> layer = TTConv1d(64, 64, 3, rank=(3, 8, 8), in_shape=(4, 4, 4), out_shape=(4, 4, 4), bias=False)
@@ -210,7 +211,8 @@ class TTConv2d(TTConv):
     all groups. `recompute` and `redundant` are those of `TTLinear`, where the chain of products keeps intermediates;
     a rebuilt kernel has none. A rank out of range or unfit shapes raise a `LayerError`.
 
-    Reference: Garipov, Podoprikhin, Novikov, Vetrov 2016, Ultimate tensorization.
+    Reference:
+        Garipov, Podoprikhin, Novikov, Vetrov 2016, Ultimate tensorization.
 
     Example:
         >>> layer = TTConv2d(64, 64, 3, rank=(3, 8, 8), in_shape=(4, 4, 4), out_shape=(4, 4, 4), bias=False)
@@ -227,7 +229,8 @@ class TTConv3d(TTConv):
 
     The arguments are those of `nn.Conv3d`, then `rank` and the options of `TTConv2d`.
 
-    Reference: Garipov, Podoprikhin, Novikov, Vetrov 2016, Ultimate tensorization.
+    Reference:
+        Garipov, Podoprikhin, Novikov, Vetrov 2016, Ultimate tensorization.
 
     Example:
         >>> layer = TTConv3d(64, 64, 3, rank=(3, 8, 8), in_shape=(4, 4, 4), out_shape=(4, 4, 4), bias=False)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from rankfold.layers.tensor._tt_order import (
-    BATCHES,
     CHUNK,
     LARGEST_MERGE,
     LAUNCH,
@@ -17,7 +16,7 @@ from rankfold.layers.tensor._tt_order import (
     Sweep,
     schedule_sweep,
 )
-from rankfold.layers.tensor._tt_schedule import TTSchedule, describe
+from rankfold.layers.tensor._tt_schedule import TTSchedule, describe, for_batches
 
 FILTERING, CONVOLVING = RATE / 24, RATE / 2
 """Multiply-adds in a second of filters shared by all channels, and of a convolution."""
@@ -97,12 +96,11 @@ def conv_schedules(
     chain: Chain, sizes: tuple[int, int], groups: int, recompute: float | None
 ) -> dict[bool, tuple[ConvSchedule, ...]]:
     """Return the schedule for each of `BATCHES` output positions, in inference (False) and training (True)."""
-    return {
-        training: tuple(
-            schedule_conv(chain, sizes, groups, rows, training=training, recompute=recompute) for rows in BATCHES
-        )
-        for training in (False, True)
-    }
+
+    def make(rows: int, training: bool) -> ConvSchedule:
+        return schedule_conv(chain, sizes, groups, rows, training=training, recompute=recompute)
+
+    return for_batches(make)
 
 
 def describe_conv(

@@ -13,7 +13,7 @@ from torch.nn import functional
 from rankfold.errors import LayerError
 from rankfold.layers._build import Device, check_type, finite_weight
 from rankfold.layers._contract import Call, Cost, Rank
-from rankfold.layers.tensor._tt_chain import Train, make_train
+from rankfold.layers.tensor._tt_chain import TTForm, make_form
 from rankfold.layers.tensor._tt_layer import TTLayer
 from rankfold.layers.tensor._tt_rows import RowSchedule, bucket_of, row_schedules, table_rows
 
@@ -93,8 +93,8 @@ class TTEmbedding(TTLayer):
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             raise LayerError(f"TTEmbedding: padding_idx={padding_idx} is not an index of {num_embeddings} rows")
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
-        train = make_train("TTEmbedding", (embedding_dim, num_embeddings), in_shape, out_shape)
-        self._assemble(train, rank, device, dtype)
+        form = make_form("TTEmbedding", (embedding_dim, num_embeddings), in_shape, out_shape)
+        self._assemble(form, rank, device, dtype)
         self._schedules = row_schedules(self._chain)
         self.reset_parameters()
 
@@ -126,7 +126,7 @@ class TTEmbedding(TTLayer):
 
     def _rows(self, indices: Tensor) -> Tensor:
         schedule = self._schedules[bucket_of(indices.shape[0])]
-        rows = table_rows(list(self.cores), self._train.in_shape, indices, schedule)
+        rows = table_rows(list(self.cores), self._form.in_shape, indices, schedule)
         # a slice of everything would cost a copy of the gradient
         return rows if rows.shape[1] == self.embedding_dim else rows[:, : self.embedding_dim]
 
@@ -151,9 +151,9 @@ class TTEmbedding(TTLayer):
     @classmethod
     def cost(cls, dense: nn.Module, calls: Sequence[Call], *, rank: Rank, **options: Any) -> Cost:
         """Return parameters, and multiply-adds of the schedule for each call, as if all its indices were distinct."""
-        train = cls._train_of(dense, **options)
-        schedules, rows = row_schedules(train.chain(rank)), [math.prod(call.input) for call in calls]
-        return Cost(train.params(rank), sum(schedules[bucket_of(count)].macs(count) for count in rows))
+        form = cls._form_of(dense, **options)
+        schedules, rows = row_schedules(form.chain(rank)), [math.prod(call.input) for call in calls]
+        return Cost(form.params(rank), sum(schedules[bucket_of(count)].macs(count) for count in rows))
 
     @staticmethod
     def _arguments(dense: Any) -> dict[str, Any]:
@@ -161,12 +161,12 @@ class TTEmbedding(TTLayer):
         return {name: getattr(dense, name) for name in names}
 
     @classmethod
-    def _train_of(
+    def _form_of(
         cls, dense: Any, *, in_shape: Sequence[int] | None = None, out_shape: Sequence[int] | None = None
-    ) -> Train:
+    ) -> TTForm:
         check_type(cls, dense, nn.Embedding)
         _refuse(dense)
-        return make_train("TTEmbedding", (dense.embedding_dim, dense.num_embeddings), in_shape, out_shape)
+        return make_form("TTEmbedding", (dense.embedding_dim, dense.num_embeddings), in_shape, out_shape)
 
     @classmethod
     def _matrix_of(cls, dense: Any) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from rankfold.layers._build import Device, check_type, finite_weight, fresh_bias_
 from rankfold.layers._contract import Call, Cost, Rank
-from rankfold.layers.tensor._tt_chain import Train, make_train
+from rankfold.layers.tensor._tt_chain import TTForm, make_form
 from rankfold.layers.tensor._tt_contract import core_list, in_chunks, matrices_of, sweep_state
 from rankfold.layers.tensor._tt_layer import TTLayer
 from rankfold.layers.tensor._tt_order import BATCHES, Sweep, bucket, schedule_sweep
@@ -76,13 +76,13 @@ class TTLinear(TTLayer):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        train = make_train("TTLinear", (out_features, in_features), in_shape, out_shape, redundant=redundant)
-        self._assemble(train, rank, device, dtype)
+        form = make_form("TTLinear", (out_features, in_features), in_shape, out_shape, redundant=redundant)
+        self._assemble(form, rank, device, dtype)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.recompute = checked_recompute("TTLinear", recompute)
         self._schedules = sweeps(self._chain, recompute)
-        self._padding = math.prod(train.in_shape) - in_features
-        self._surplus = math.prod(train.out_shape) - out_features
+        self._padding = math.prod(form.in_shape) - in_features
+        self._surplus = math.prod(form.out_shape) - out_features
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -137,11 +137,11 @@ class TTLinear(TTLayer):
     @classmethod
     def cost(cls, dense: nn.Module, calls: Sequence[Call], *, rank: Rank, **options: Any) -> Cost:
         """Return parameters, and multiply-adds of the order chosen for the rows of each call."""
-        train = cls._train_of(dense, **options)
-        chain, bias = train.chain(rank), dense.out_features if dense.bias is not None else 0
+        form = cls._form_of(dense, **options)
+        chain, bias = form.chain(rank), dense.out_features if dense.bias is not None else 0
         rows = [math.prod(call.input[:-1]) for call in calls]
         macs = sum(schedule_sweep(chain, BATCHES[bucket(count)]).macs(count) for count in rows)
-        return Cost(train.params(rank) + int(bias), macs)  # type: ignore[arg-type]
+        return Cost(form.params(rank) + int(bias), macs)  # type: ignore[arg-type]
 
     @staticmethod
     def _arguments(dense: Any) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class TTLinear(TTLayer):
         return {**features, "bias": dense.bias is not None}
 
     @classmethod
-    def _train_of(
+    def _form_of(
         cls,
         dense: Any,
         *,
@@ -157,11 +157,11 @@ class TTLinear(TTLayer):
         out_shape: Sequence[int] | None = None,
         recompute: float | None = None,
         redundant: bool = False,
-    ) -> Train:
+    ) -> TTForm:
         check_type(cls, dense, nn.Linear)
         checked_recompute("TTLinear", recompute)
         sizes = (dense.out_features, dense.in_features)
-        return make_train("TTLinear", sizes, in_shape, out_shape, redundant=redundant)
+        return make_form("TTLinear", sizes, in_shape, out_shape, redundant=redundant)
 
     @classmethod
     def _matrix_of(cls, dense: Any) -> Tensor:

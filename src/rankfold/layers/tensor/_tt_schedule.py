@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from rankfold.errors import LayerError
 from rankfold.layers.tensor._tt_order import BATCHES, Chain, Pair, Sweep, bucket, schedule_sweep
+
+Schedule = TypeVar("Schedule")
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,13 @@ def sweeps(chain: Chain, recompute: float | None) -> dict[bool, tuple[Sweep, ...
     return {False: tuple(schedule_sweep(chain, rows) for rows in BATCHES), True: tuple(training)}
 
 
-def pick(schedules: dict[bool, tuple[Sweep, ...]], rows: int | torch.SymInt, training: bool) -> Sweep:
-    """Return the sweep scheduled for a number of rows."""
+def for_batches(make: Callable[[int, bool], Schedule]) -> dict[bool, tuple[Schedule, ...]]:
+    """Return `make(rows, training)` for each of `BATCHES`, in inference (False) and training (True)."""
+    return {training: tuple(make(rows, training) for rows in BATCHES) for training in (False, True)}
+
+
+def pick(schedules: Mapping[bool, Sequence[Schedule]], rows: int | torch.SymInt, training: bool) -> Schedule:
+    """Return the schedule made for a number of rows."""
     return schedules[training][bucket(rows)]
 
 

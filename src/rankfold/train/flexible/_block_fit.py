@@ -17,7 +17,7 @@ from rankfold.train._recipe import Recipe
 from rankfold.train.flexible._block_data import Block
 
 PASSES, BATCH, RATE = 10, 256, 1e-3
-STEPS = 750  # at least; few rows are passed over more often
+LEAST_STEPS = 750  # few rows are passed over more often
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ def fitted_to_values(layer: FlexibleLinear, block: Block, inputs: Tensor, held: 
         seed=seed,
         progress=False,
     )
-    passes = max(PASSES, math.ceil(STEPS / len(batches)))
+    passes = max(PASSES, math.ceil(LEAST_STEPS / len(batches)))
     fit(fitted, batches, epochs=passes, lr=RATE, recipe=recipe)
     fitted = fitted.to(layer.up.weight.dtype)
     before, after = (value_error(one, block, held) for one in (layer, fitted))

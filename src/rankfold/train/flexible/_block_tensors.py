@@ -13,7 +13,7 @@ from rankfold.train.flexible._block_data import Block
 
 FLOOR = 1e-4  # of the mean variance of the inputs, given to every direction
 ROOM = 16  # coordinates beyond twice the rank that a compressed Jacobian keeps
-SHOWN = 512  # samples whose gradients show them
+SAMPLED = 512  # samples whose gradients show them
 PROBES = 16  # random combinations of outputs whose gradients show the directions that matter
 COPIES = 6  # of the Jacobians, that the solver makes at most
 TEMPORARY = 1 << 22  # entries of the products that are formed at a time
@@ -48,9 +48,9 @@ def frame_of(block: Block, inputs: Tensor, rank: int, seed: int) -> Frame:
     variances, axes = torch.linalg.eigh(covariance)
     deviations = variances.clamp_min(torch.finfo(variances.dtype).tiny).sqrt()
     into, back = axes * deviations, (axes / deviations).T
-    chosen = _leading_inputs(block, inputs[:SHOWN], into, 2 * rank + ROOM, seed)
+    chosen = _leading_inputs(block, inputs[:SAMPLED], into, 2 * rank + ROOM, seed)
     into, back = into @ chosen, chosen.T @ back
-    return Frame(mean, into, back, _leading_outputs(block, inputs[:SHOWN], into, 2 * rank + ROOM))
+    return Frame(mean, into, back, _leading_outputs(block, inputs[:SAMPLED], into, 2 * rank + ROOM))
 
 
 def _leading_inputs(block: Block, inputs: Tensor, into: Tensor, kept: int, seed: int) -> Tensor:
