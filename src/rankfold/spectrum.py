@@ -57,7 +57,7 @@ def conv_symbol(kernel: Tensor, size: Sequence[int]) -> Tensor:
 def conv_singular_values(kernel: Tensor, size: Sequence[int], *, stride: int = 1) -> Float[Tensor, " values"]:
     """Return all singular values of a circular convolution: those of its symbol at every frequency.
 
-    A stride folds s^d frequencies onto one: their blocks stand side by side, divided by s^(d/2).
+    A stride of s folds s^d frequencies onto one: their blocks are placed side by side and divided by s^(d/2).
 
     Args:
         kernel: `(out, in, *kernel size)`, one to three spatial dims, any float dtype.
@@ -94,7 +94,7 @@ def conv_singular_values(kernel: Tensor, size: Sequence[int], *, stride: int = 1
 
 
 def spectral_norm_bounds(kernel: Tensor) -> tuple[float, float]:
-    """Return two upper bounds on the spectral norm of a convolution, whatever its input size and padding with zeros.
+    """Return two upper bounds on the spectral norm of a convolution, whatever its input size and zero padding.
 
     With k the number of kernel positions: `sqrt(k) * min ||unfolding||_2` over the unfoldings that put each spatial dim
     with the outputs or with the inputs, and `sum_positions ||K[:, :, position]||_2`.
@@ -103,7 +103,7 @@ def spectral_norm_bounds(kernel: Tensor) -> tuple[float, float]:
         kernel: `(out, in, *kernel size)`, one to three spatial dims; a matrix is its own bound.
 
     Returns:
-        Both bounds; the smaller one is the one to use.
+        Both bounds; use the smaller one.
 
     Raises:
         DecompositionError: not a dense float tensor, NaN or Inf entries, a vector.
@@ -129,7 +129,7 @@ def spectral_norm_bounds(kernel: Tensor) -> tuple[float, float]:
 
 
 def effective_rank(values: Float[Tensor, " values"]) -> float:
-    """Return the exponential of the entropy of the normalised singular values: how many are in effect used.
+    """Return the exponential of the entropy of the normalised singular values: how many are effectively in use.
 
     Args:
         values: singular values, in any order.

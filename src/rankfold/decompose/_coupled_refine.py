@@ -14,10 +14,10 @@ from torch import Tensor
 from rankfold.decompose._bases import Shapes, slopes_of, values_of
 from rankfold.decompose._coupled_model import Problem, State, cost_of, squared_errors
 
-SMALL = 1200  # parameters up to which Levenberg-Marquardt solves for all of them
+SMALL = 1200  # up to this many parameters, Levenberg-Marquardt solves for all of them
 MOST_STEPS = {"levenberg-marquardt": 60, "gradient": 300}
 STALL = 1e-3  # a step that lowers the cost by less than this share is no progress
-SOLVED = 1e-24  # cost that is rounding alone
+SOLVED = 1e-24  # a cost below this is only rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ def _normal_equations(problem: Problem, vector: Tensor, like: State, weight: flo
     """
     state = unpack(vector, like)
     (gains, gain_slopes), (hidden, hidden_slopes) = _neuron_slopes(problem, state)
-    # the bias takes the mean of the values away
+    # the bias absorbs the mean of the values
     hidden, hidden_slopes = hidden - hidden.mean(0), hidden_slopes - hidden_slopes.mean(0)
     left, right = state.left, state.right
     scale = weight / problem.squared_values

@@ -30,9 +30,9 @@ def sensitivity(terms: Terms) -> float:
 
 
 def corrected(split: Split, terms: Terms) -> Terms:
-    """Return terms of degeneracy above `HEALTHY` with it lowered at `SLACK` times their error, others as they are.
+    """Return terms of degeneracy above `HEALTHY` with a lower one, at `SLACK` times their error; others as they are.
 
-    Computes in float64. An exact decomposition has no room to trade and stays as it is; so does one without ceiling.
+    Computes in float64. An exact decomposition has no room to trade and stays as it is, as does one without a ceiling.
     """
     if degeneracy(terms, split.total) <= HEALTHY or split.ceiling == math.inf:
         return terms

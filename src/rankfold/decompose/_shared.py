@@ -16,7 +16,7 @@ from rankfold.errors import DecompositionError
 
 @dataclass(frozen=True, eq=False)
 class SharedSVD:
-    """Matrices W_k as `lefts[k] @ right`, with one right factor for all.
+    """Matrices W_k as `lefts[k] @ right`, with one right factor shared by all.
 
     Attributes:
         lefts: one factor (m_k, rank) per matrix.
@@ -58,7 +58,7 @@ def shared_svd(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> SharedSVD:
-    """Approximate matrices of the same inputs by one shared right factor and a left one each.
+    """Approximate matrices that see the same inputs by a shared right factor and a left factor each.
 
     The SVD of the matrices stacked on top of each other, `[W_1; W_2; ...] = [A_1; A_2; ...] B`: of all shared bases of
     this size it has the least error, summed over the matrices, in the metric where one is given. The projections of

@@ -50,8 +50,8 @@ def tensor_train(
         rank: a cap for every bond, clipped to what is possible at each; or one per bond. None keeps all.
         tolerance: relative error to stay within instead: the smallest ranks with
             `||X - X^|| <= tolerance ||X||`, each bond getting an equal share of what is not yet used.
-        dtype: what to compute in, torch.float64 or torch.float32. By default float64, except that a tensor given
-            in float32 or less is multiplied in float32 for as long as far more is discarded than that rounds off.
+        dtype: to compute in, torch.float64 or torch.float32. By default float64, except that a tensor given
+            in float32 or less is multiplied in float32 as long as far more is discarded than that rounds off.
 
     Returns:
         The cores in the tensor's dtype, the error, and the bound guaranteed by the discarded energy.
@@ -146,7 +146,7 @@ def tt_round(
         train: a TT or a TT-matrix.
         rank: as in `tensor_train`; None with no tolerance only removes bonds that cannot be needed.
         tolerance: relative error to stay within, against `train`.
-        dtype: what to compute in.
+        dtype: to compute in.
 
     Returns:
         The same kind, left-orthogonal but for its last core; `error` and `bound` are against `train`.
@@ -181,7 +181,7 @@ def tt_roundings(tensor: Tensor, ranks: Sequence[Rank], *, dtype: torch.dtype = 
     Args:
         tensor: order >= 2.
         ranks: ranks as in `tensor_train`.
-        dtype: what to compute in.
+        dtype: to compute in.
 
     Returns:
         One train per rank, in `dtype`.
@@ -218,7 +218,7 @@ def tt_spectra(tensor: Tensor, *, dtype: torch.dtype = torch.float64) -> tuple[F
 
     Args:
         tensor: order >= 2.
-        dtype: what to compute in.
+        dtype: to compute in.
 
     Returns:
         One vector per bond, of the length of the largest rank there.
@@ -239,7 +239,7 @@ def tt_spectra(tensor: Tensor, *, dtype: torch.dtype = torch.float64) -> tuple[F
 def _target(
     shape: Sequence[int], rank: Rank | None, tolerance: float | None, total: float
 ) -> tuple[tuple[int, ...], float | None]:
-    """The cap of every bond, and the squared error that may be discarded below the caps."""
+    """Return the cap of every bond, and the squared error that may be discarded below the caps."""
     if rank is not None and tolerance is not None:
         raise DecompositionError("give a tensor train either a rank or a tolerance, not both")
     budget = None if tolerance is None else check_tolerance(tolerance) ** 2 * total
@@ -247,14 +247,14 @@ def _target(
 
 
 def _share(budget: float | None, lost: list[float], count: int) -> float | None:
-    """What the next bond may discard: an equal share of what the bonds before it have left over."""
+    """Return what the next bond may discard: an equal share of what the bonds before it left over."""
     return None if budget is None else max(budget - sum(lost), 0.0) / (count - len(lost))
 
 
 def _split_ends(
     work: Tensor, caps: tuple[int, ...], budget: float | None, dtype: torch.dtype
 ) -> tuple[list[Tensor], list[float]]:
-    """TT-SVD from both ends: always the end whose unfolding has the smaller side."""
+    """Return cores from a TT-SVD from both ends, always at the end whose unfolding has the smaller side."""
     shape = list(work.shape)
     left: list[Tensor] = []
     right: list[Tensor] = []
@@ -281,11 +281,12 @@ def _split_ends(
 
 
 def _leading(matrix: Float[Tensor, "m n"], cap: int, allowed: float | None, dtype: torch.dtype) -> Basis | None:
-    """An orthonormal basis of the leading left singular vectors, and the squared norm outside of it.
+    """Return an orthonormal basis of the leading left singular vectors, and the squared norm outside it.
 
     `cap` vectors, or fewer where these leave at most `allowed` outside. A Gram matrix has errors of eps times its
-    trace, so it serves where the discarded energy is well above them. Where not, a matrix of less precision than
-    `dtype` gives None, to be asked again in `dtype`, and then the SVD decides. With nothing left out any basis does.
+    trace, so it is good enough if the discarded energy is well above them. If it is not, a matrix of less precision
+    than `dtype` gives None, so that the caller tries again in `dtype`, where the SVD decides. If nothing is left out,
+    any basis will do.
     """
     rows, columns = matrix.shape
     lossless = cap >= min(rows, columns) and allowed is None
@@ -322,7 +323,7 @@ def _from_gram(gram: Float[Tensor, "n n"], cap: int, allowed: float | None) -> B
 
 
 def _krylov_eigenvectors(gram: Float[Tensor, "n n"], count: int) -> Basis | None:
-    """The leading eigenvectors of a large Gram matrix from a block Krylov basis, None where it converges slowly.
+    """Return the leading eigenvectors of a large Gram matrix by a block Krylov basis; None if it converges slowly.
 
     An eigenvalue lies within its residual of a Ritz value, so the energy that the Ritz vectors miss is at most the
     sum of the residuals: they are accepted where that is a small share of the discarded energy.
@@ -334,7 +335,7 @@ def _krylov_eigenvectors(gram: Float[Tensor, "n n"], count: int) -> Basis | None
     trace = float(gram.trace())
     while basis.shape[1] + block <= n // 3:
         fresh = image[:, -block:]
-        for _ in range(2):  # once leaves rounding errors of the projected part, twice does not
+        for _ in range(2):  # once leaves rounding errors in the span of the basis, twice does not
             fresh = torch.linalg.qr(fresh - basis @ (basis.T @ fresh)).Q
         basis, image = torch.cat([basis, fresh], 1), torch.cat([image, gram @ fresh], 1)
         values, turn = torch.linalg.eigh(basis.T @ image)
@@ -348,7 +349,7 @@ def _krylov_eigenvectors(gram: Float[Tensor, "n n"], count: int) -> Basis | None
 
 
 def _cut(energies: Float[Tensor, " n"], cap: int, allowed: float | None) -> tuple[int, float]:
-    """How many of the descending energies to keep (>= 1), and the sum of the others."""
+    """Return how many of the descending energies to keep (>= 1), and the sum of the others."""
     tails = energies.double().flip(0).cumsum(0).flip(0)  # tails[k]: discarded when k are kept
     keep = min(cap, len(tails))
     if allowed is not None:

@@ -53,12 +53,12 @@ def metric_tt_matrix(
 
     Args:
         matrix: (out, in), with as many columns as `in_shape` has and at most as many rows as `out_shape`.
-        out_shape: dims of the rows; where their product is larger, what the train has there is left free.
+        out_shape: dims of the rows; where their product is larger, the train is free there.
         in_shape: as many dims of the columns.
         rank: as in `tensor_train`.
         second_moment: C, (in, in), or (groups, in, in) where groups of rows see inputs of their own.
         rows: the diagonal of G, (out,), weights of the outputs.
-        iterations: sweeps at most; they end when one lowers the error by less than `TOLERANCE` of it.
+        iterations: the maximum number of sweeps; they end when one lowers the error by less than `TOLERANCE` of it.
 
     Returns:
         Cores (r, out_k, in_k, r'); `error` is the plain one, `trace` has those in the metric.
@@ -190,7 +190,7 @@ class _Form:
         return relative(float((self.weights * _by_groups(lost, self.moments) * lost).sum()), self.total)
 
     def swept(self, best: list[Tensor], iterations: int, work: float) -> tuple[list[Tensor], tuple[float, ...]]:
-        """Return cores after sweeps, as many solves as fit into the work, and the errors after each."""
+        """Return cores after as many solves as fit into `work`, and the error after each."""
         trace, step = [self.error(best)], self.matrix.numel() * self.matrix.shape[1]
         order = [*range(len(best)), *range(len(best) - 2, 0, -1)]
         for count in range(min(int(work // (step * (CORE_STEPS + 2))), iterations * len(order))):
@@ -247,7 +247,7 @@ class _Form:
 
 
 def _checked(moment: Tensor, work: Tensor) -> Float[Tensor, "into into"]:
-    """Return a second moment; one of zeros is that of a group that nothing reaches."""
+    """Return a checked second moment; it may be zero, for a group that no input reaches."""
     if moment.shape == (work.shape[1],) * 2 and not bool(moment.any()):
         return moment.to(work)
     checked, scale = check_moment(moment, work)
@@ -255,12 +255,12 @@ def _checked(moment: Tensor, work: Tensor) -> Float[Tensor, "into into"]:
 
 
 def _by_groups(matrix: Float[Tensor, "out into"], moments: Float[Tensor, "groups into into"]) -> Tensor:
-    """Return every group of rows multiplied by its second moment."""
+    """Return each group of rows times its second moment."""
     return (split_axis(matrix, 0, (len(moments), -1)) @ moments).flatten(0, 1)
 
 
 def _product(cores: Sequence[Tensor], like: Tensor) -> Float[Tensor, "left entries right"]:
-    """Return neighbouring cores multiplied, their modes merged; of none, one entry."""
+    """Return the product of neighbouring cores with their modes merged; for none, a single one."""
     if not cores:
         return like.new_ones(1, 1, 1)
     whole = cores[0].flatten(1, 2)

@@ -42,21 +42,21 @@ def metric_tucker(
 
     Minimises `trace(G D C D^T)`, D being the difference as a matrix (out, in * space). For a given input factor V the
     best output factor and core are a reduced-rank regression of the outputs on `(V^T ⊗ I) x`; V is improved by
-    conjugate gradients on its normal equations. Begins from the better of two input factors: HOOI's on the kernel, and
-    the HOSVD's in the Kronecker product of the marginal second moments. The error in the metric never rises.
+    conjugate gradients on its normal equations. It starts from the better of two input factors: HOOI's on the kernel,
+    and the HOSVD's in the Kronecker product of the marginal second moments. The error in the metric never rises.
 
     Args:
         kernel: (out, in, space…), any float dtype and device.
         rank: of the outputs and of the inputs.
         second_moment: C, over (in, space…) in this order.
         rows: the diagonal of G, (out,), weights of the outputs.
-        iterations: sweeps at most.
+        iterations: the maximum number of sweeps.
         tolerance: the sweeps end when one lowers the error by less than this share of it.
         dtype: to compute in.
 
     Returns:
         The core and the two factors over the modes (0, 1), in the dtype of the kernel; `error` is the plain one, and
-        `trace` has those in the metric. With weights of the outputs the output factor is not orthonormal.
+        `trace` has those in the metric. With weights of the outputs, the output factor is not orthonormal.
 
     Raises:
         DecompositionError: ranks out of range, a metric that does not fit, NaN or Inf entries.
@@ -197,7 +197,8 @@ class _Form:
     def fitted(self, factor: Float[Tensor, "into q"], rank: int) -> _Fit:
         """Return the best output factor and core for an orthonormal V: a reduced-rank regression.
 
-        The regression is solved for as a change of the projected weight: directions without inputs keep that.
+        The regression is solved for as a change of the projected weight, so directions without inputs keep their part
+        of it.
         """
         normal = self.moment(factor)
         prior = self.turned(self.target.matrix, factor)
@@ -246,6 +247,6 @@ class _Form:
 
 
 def _orthonormal(out: Float[Tensor, "m p"], core: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the output factor with orthonormal columns, the core taking up the rest."""
+    """Return the output factor with orthonormal columns, and the core that absorbs the rest."""
     q, r = torch.linalg.qr(out)
     return q, (r @ core.flatten(1)).reshape(core.shape)

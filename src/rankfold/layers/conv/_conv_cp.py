@@ -35,7 +35,7 @@ def _stages(shape: ConvShape, rank: int, *, separable: bool = False) -> dict[str
 
 
 def _modes(shape: ConvShape, separable: bool) -> tuple[int, ...]:
-    """Return the extents of the tensor to decompose: out, in, and one per depthwise convolution."""
+    """Return the dims of the tensor to decompose: out, in, and one per depthwise convolution."""
     space = [math.prod(shape.kernel_size[a] for a in axes) for axes in _parts(shape.kernel_size, separable)]
     return (*shape.kernel_shape[:2], *space)
 
@@ -45,7 +45,7 @@ def _full_rank(shape: ConvShape, *, separable: bool = False) -> int:
 
 
 def _variants(shape: ConvShape) -> tuple[Options, ...]:
-    """Return none where CP is the SVD with stages too many: without axes of space, or without channels to mix."""
+    """Return nothing where CP would be the SVD with superfluous stages: no spatial axes, or no channels to mix."""
     if math.prod(shape.kernel_size) == 1 or shape.kernel_shape[:2] == (1, 1):
         return ()
     separable = len(axis_parts(shape.kernel_size)) > 1
@@ -122,7 +122,7 @@ def _errors(
     metric: GroupMetric | None = None,
     separable: bool = False,
 ) -> list[float]:
-    """Return estimates from short fits at a few ranks; in a metric with the output factor fitted in it."""
+    """Return estimates from short fits at a few ranks; in a metric, with the output factor fitted to that metric."""
     tensor = _tensor(kernel, separable)
     full = full_cp_rank(tensor.shape)
     inner = [rank for rank in ranks if rank < full]
@@ -134,7 +134,7 @@ def _errors(
 
 
 def _unfoldings(kernel: Tensor, *, separable: bool = False) -> tuple[Tensor, ...]:
-    """Return none: no spectrum tells the CP rank."""
+    """Return nothing: no spectrum reveals the CP rank."""
     del kernel, separable
     return ()
 
@@ -182,7 +182,7 @@ class CPConv1d(_CPConv):
     """A 1-D convolution as pointwise, depthwise, pointwise: the CP decomposition of its kernel.
 
     `weight[t, s, i] = sum_r up[t, r] down[r, s] depthwise[r, i]`, with rank * (in + k + out) weights. The
-    arguments are those of `nn.Conv1d`, then `rank` (of each group); `separable` changes nothing with one axis.
+    arguments are those of `nn.Conv1d`, then `rank` (of each group); `separable` makes no difference with one axis.
 
     Raises:
         LayerError: a rank out of range.
@@ -204,7 +204,8 @@ class CPConv2d(_CPConv):
 
     `weight[t, s, i, j] = sum_r up[t, r] down[r, s] depthwise[r, i, j]`, with rank * (in + kh * kw + out) weights;
     with `separable=True`, `depthwise[r, i, j] = depthwise0[r, i] depthwise1[r, j]` in two convolutions and
-    rank * (in + kh + kw + out) weights. The arguments are those of `nn.Conv2d`, then `rank` (of each group). A CP rank may exceed the number of channels.
+    rank * (in + kh + kw + out) weights. The arguments are those of `nn.Conv2d`, then `rank` (of each group);
+    a CP rank may exceed the number of channels.
 
     Raises:
         LayerError: a rank out of range.
@@ -224,7 +225,7 @@ class CPConv2d(_CPConv):
 class CPConv3d(_CPConv):
     """A 3-D convolution as pointwise, depthwise, pointwise: the CP decomposition of its kernel.
 
-    The depthwise stage holds the whole kernel `(kd, kh, kw)`, or with `separable=True` one axis after the
+    The depthwise stage holds the whole kernel `(kd, kh, kw)`, or, with `separable=True`, one axis after the
     other. The arguments are those of `nn.Conv3d`, then `rank` (of each group).
 
     Raises:

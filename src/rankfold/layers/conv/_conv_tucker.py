@@ -37,14 +37,14 @@ def _full_rank(shape: ConvShape) -> Pair:
 
 
 def _variants(shape: ConvShape) -> tuple[Options, ...]:
-    """Return none for a 1x1 kernel: Tucker is then the SVD with a stage too many."""
+    """Return nothing for a 1x1 kernel: Tucker would be the SVD with a superfluous stage."""
     return () if math.prod(shape.kernel_size) == 1 else ({},)
 
 
 def _candidates(shape: ConvShape, multiple: int) -> Iterator[Pair]:
     out, into = (spread_to_full(full, multiple, CANDIDATES_PER_AXIS) for full in _full_rank(shape))
     space = math.prod(shape.kernel_size)
-    # a rank beyond the size of the other unfolding of the core adds parameters and no function
+    # a rank beyond the size of the other unfolding of the core adds parameters but no expressiveness
     return ((r, s) for r in out for s in into if r <= s * space and s <= r * space)
 
 
@@ -60,7 +60,7 @@ def _factorise(
     else:
         result = metric_tucker(kernel, rank, **metric.arguments())
     up, down = result.factors
-    # The factors are orthonormal: the core alone carries the scale, until it is shared among the three.
+    # The factors are orthonormal, so the core carries all of the scale: share it among the three.
     scale = float(result.core.square().sum() / math.sqrt(rank[0] * rank[1])) ** (1 / 6) or 1.0
     pointwise = (1,) * (kernel.ndim - 2)
     down, up = (down * scale).T, up * scale
@@ -81,7 +81,7 @@ def _errors(
     seed: int,  # noqa: ARG001 - nothing is random
     metric: GroupMetric | None = None,
 ) -> list[float]:
-    """Return the errors of the truncated HOSVD; in a metric those of the HOSVD there, its core fitted."""
+    """Return the errors of the truncated HOSVD; in a metric, those of the HOSVD in it with the core fitted."""
     if metric is not None:
         return metric_tucker_errors(kernel, ranks, **metric.for_curves())
     surface = tucker_errors(kernel, modes=(0, 1))

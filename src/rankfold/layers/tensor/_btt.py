@@ -25,10 +25,10 @@ class BTTLinear(StructuredLinear):
 
     With `out_shape = (n_1, n_2)` and `in_shape = (m_2, m_1)`, row-major, the weight is a grid of `n_1 x m_2` blocks
     `L[i, k] R[i, k]` of `n_2 x m_1` neighbouring entries. The forward pass is two batched matrix products with a
-    transposition between: R maps each of the m_2 parts of the input to `n_1 * rank` values, L each of the n_1 groups of
-    `m_2 * rank` values to a part of the output. Parameters and multiply-adds per row are the same number,
-    `rank * (m_2 * out + n_1 * in)`: unlike in a tensor train, the arithmetic falls as the parameters do. The
-    decomposition of a dense weight is optimal, block by block. At large ranks a low-rank or a dense layer is faster.
+    transposition between them: R maps each of the m_2 parts of the input to `n_1 * rank` values, L each of the n_1
+    groups of `m_2 * rank` values to a part of the output. It has as many parameters as multiply-adds per row, `rank *
+    (m_2 * out + n_1 * in)`: unlike in a tensor train, both shrink together. The decomposition of a dense weight is
+    optimal, block by block. At large ranks a low-rank or a dense layer is faster.
 
     Args:
         in_features: size of each input.
@@ -127,13 +127,13 @@ class BTTLinear(StructuredLinear):
 
     @classmethod
     def spectra(cls, dense: nn.Module, **options: Any) -> tuple[Spectrum, ...]:
-        """Return the blocks' singular values, their squares summed over the blocks: its tails are the errors."""
+        """Return the blocks' singular values, combined as roots of sums of squares: their tails are the errors."""
         form, matrix = cls._form_of(dense, **options), finite_weight_of(cls, dense)
         return (Spectrum(_block_values(form, matrix), (form.out_shape[1], form.in_shape[1])),)
 
 
 def _block_values(form: TTForm, matrix: Tensor) -> Tensor:
-    """The singular values of the blocks, the root of the sum of their squares over the blocks."""
+    """Return the singular values of the blocks, combined over the blocks as roots of sums of squares."""
     values = block_singular_values(matrix, form.out_shape, form.in_shape)
     norms: Tensor = torch.linalg.vector_norm(values, dim=(0, 1))
     return norms

@@ -23,12 +23,12 @@ from rankfold.layers.tensor._tt_schedule import for_batches, pick, wants_gradien
 class KroneckerLinear(StructuredLinear):
     """A linear layer whose weight is a sum of Kronecker products, `W = sum_r A_r ⊗ B_r`.
 
-    With `out_shape = (m_1, m_2)` and `in_shape = (n_1, n_2)`, A is (rank, m_1, n_1) and B (rank, m_2, n_2):
-    `rank * (m_1 n_1 + m_2 n_2)` parameters, few even at ranks in the tens. An input folded to a matrix X gives
-    `sum_r A_r X B_r^T`, two matrix products for all terms, in the order that is cheaper for the number of rows; where
-    rebuilding the weight is cheaper still, and the weight small, that is done. The arithmetic falls less than the
-    parameters: in a square layer with balanced shapes, a dense one needs fewer multiply-adds from
-    `rank = sqrt(out) / 2` on. The weight is that of a tensor train of two cores.
+    With `out_shape = (m_1, m_2)` and `in_shape = (n_1, n_2)`, A is (rank, m_1, n_1) and B (rank, m_2, n_2): `rank *
+    (m_1 n_1 + m_2 n_2)` parameters, few even at ranks of several tens. An input folded to a matrix X gives `sum_r A_r X
+    B_r^T`, two matrix products for all terms, in the order that is cheaper for the number of rows; a small weight is
+    rebuilt where that is cheaper still. Multiply-adds shrink less than parameters: from `rank = sqrt(out) / 2` on, a
+    square layer with balanced shapes takes more of them than the dense one. The weight is that of a tensor train of two
+    cores.
 
     Args:
         in_features: size of each input.
@@ -63,7 +63,7 @@ class KroneckerLinear(StructuredLinear):
         self._schedules = for_batches(lambda rows, training: schedule_sweep(chain, rows, training=training))
 
     def schedule(self, rows: int | torch.SymInt, training: bool | None = None) -> Sweep:
-        """Return the order of the products for a number of rows, by default for the mode of a call at this place."""
+        """Return the order of the products for a number of rows; `training` defaults to that of a call here and now."""
         mode = wants_gradients(list(self.cores)) if training is None else training
         return pick(self._schedules, rows, mode)
 
@@ -111,7 +111,7 @@ class KroneckerLinear(StructuredLinear):
 
     @classmethod
     def _weight_errors(cls, form: TTForm, matrix: Tensor, ranks: Sequence[Rank], seed: int) -> tuple[float, ...]:
-        """Return the errors from one SVD; what falls on padding is left out."""
+        """Return the errors from one SVD; errors on padding do not count."""
         checked: list[Any] = [*ranks]
         paired = rearranged(matrix, form.out_shape, form.in_shape)
         if paired.numel() == matrix.numel() or not checked:
@@ -132,14 +132,14 @@ def _chain(form: TTForm, rank: Any) -> Chain:
 
 
 def _gram(left: Tensor, right: Tensor, rows: Box, columns: Box) -> Tensor:
-    """The inner products of the terms with each other (rank, rank), in a box of the folded weight."""
+    """Return the inner products of the terms with each other (rank, rank), in a box of the folded weight."""
     one = left[:, rows[0], columns[0]].flatten(1)
     other = right[:, rows[1], columns[1]].flatten(1)
     return (one @ one.T) * (other @ other.T)
 
 
 def _padded_errors(form: TTForm, paired: Tensor, ranks: Sequence[int], seed: int) -> list[float]:
-    """The errors where the shapes exceed the weight: the tails, less the energy that the terms have outside of it."""
+    """Return the errors where the shapes exceed the weight: tails minus the energy of the terms outside it."""
     found = svd(paired, max(ranks), seed=seed)
     (m1, m2), (n1, n2) = form.out_shape, form.in_shape
     left, right = (found.u * found.s).T.reshape(-1, m1, n1), found.vh.reshape(-1, m2, n2)

@@ -14,31 +14,32 @@ from torch import Tensor, nn
 
 from rankfold.decompose import ring_bonds, tensor_ring
 from rankfold.errors import DecompositionError, LayerError
+from rankfold.layers._build import LARGEST_MERGE
 from rankfold.layers._contract import Rank, Spectrum
 from rankfold.layers._ranks import check_rank, spread
 from rankfold.layers.tensor._structured import Box, StructuredLinear, sum_boxes, widened
 from rankfold.layers.tensor._tt_chain import RESOLVED, TTForm
 from rankfold.layers.tensor._tt_contract import matrices_of, merge, sweep_state
-from rankfold.layers.tensor._tt_order import BATCHES, CHUNK, LARGEST_MERGE, Chain, Sweep, bucket, schedule_sweep
+from rankfold.layers.tensor._tt_order import BATCHES, CHUNK, Chain, Sweep, bucket, schedule_sweep
 from rankfold.layers.tensor._tt_schedule import for_batches, pick, wants_gradients
 
 Shape: TypeAlias = tuple[int, int, int, int]
 
 REFINING = 5e10
-"""Multiply-adds that refining a decomposition may take, so that planning large layers at many ranks stays quick."""
+"""Multiply-adds that refining a decomposition may take: planning large layers at many ranks has to stay quick."""
 REFINING_SWEEPS = 20
 CANDIDATES = 16
-"""Each is decomposed on its own to know its error."""
+"""Few, because each is decomposed on its own to find its error."""
 
 
 @dataclass(frozen=True)
 class RingSchedule:
-    """How a ring is multiplied with rows: cut after its first `head` cores, or rebuilt.
+    """How a ring is applied to rows: cut after its first `head` cores, or rebuilt.
 
     Attributes:
-        head: how many cores are merged and applied last, closing the ring; 0 where the weight is rebuilt instead.
+        head: how many cores are merged and applied last, closing the ring; 0 if the weight is rebuilt instead.
         sweep: the order of the other cores, a train whose ends carry the two bonds that were cut as outputs.
-        chunk: rows taken at a time, so that no intermediate grows beyond the bound of tensor trains.
+        chunk: rows taken at a time, to keep intermediates within the bound for tensor trains.
         fixed_macs: multiply-adds of merging, once per call.
         row_macs: multiply-adds per row.
         score: the cost model's estimate.
@@ -66,7 +67,7 @@ class TRLinear(StructuredLinear):
     (r_k, m_k, n_k, r_k+1) and `r_d = r_0`: where a tensor train has two small cores at its ends, a ring has none. The
     forward pass cuts the ring: the last cores are applied as a train that carries both cut bonds, then the first ones
     close it; or the weight is rebuilt where that is cheaper and the weight small. The bond that closes the ring is
-    carried all the way, so that a ring costs about that many times the multiply-adds of a train. With two cores a
+    carried all the way, so a ring takes about that many times the multiply-adds of a train. With two cores a
     ring is a sum of `r_0 r_1` Kronecker products: use `KroneckerLinear`, whose decomposition is optimal.
 
     Args:
@@ -103,7 +104,7 @@ class TRLinear(StructuredLinear):
         self._schedules = for_batches(lambda rows, training: schedule_ring(shapes, rows, training=training))
 
     def schedule(self, rows: int | torch.SymInt, training: bool | None = None) -> RingSchedule:
-        """Return the order of contraction for a number of rows, by default for the mode of a call at this place."""
+        """Return the order of contraction for a number of rows; `training` defaults to that of a call here and now."""
         mode = wants_gradients(list(self.cores)) if training is None else training
         return pick(self._schedules, rows, mode)
 
@@ -123,7 +124,7 @@ class TRLinear(StructuredLinear):
             output: Tensor = closing @ state.reshape(part.shape[0], n * bond * ring, outputs)
             return output.flatten(1)  # rows, m and the outputs of the tail
 
-        if torch.compiler.is_compiling() or rows.shape[0] <= schedule.chunk:  # the number of rows may be a symbol
+        if torch.compiler.is_compiling() or rows.shape[0] <= schedule.chunk:  # the number of rows may be symbolic
             return run(rows)
         parts = torch.split(rows, schedule.chunk)
         return torch.cat([run(part) for part in parts])
@@ -162,7 +163,7 @@ class TRLinear(StructuredLinear):
 
     @classmethod
     def _weight_errors(cls, form: TTForm, matrix: Tensor, ranks: Sequence[Rank], seed: int) -> tuple[float, ...]:
-        """Return the errors, decomposed at each rank; padding is left out."""
+        """Return the error of a decomposition at each rank; errors on padding do not count."""
         del seed  # nothing is random
         whole = form.fold(matrix)
         total = float(whole.square().sum()) or 1.0
@@ -178,13 +179,13 @@ class TRLinear(StructuredLinear):
 
     @classmethod
     def spectra(cls, dense: nn.Module, **options: Any) -> tuple[Spectrum, ...]:
-        """Return nothing: one cap stands for all bonds, so there is no spectrum per entry of the rank."""
+        """Return nothing: a single cap covers all bonds, so there is no spectrum per entry of the rank."""
         del dense, options
         return ()
 
 
 def _core_shapes(form: TTForm, rank: Rank) -> list[Shape]:
-    """The shapes of all cores at a rank, or a `LayerError`."""
+    """Return the shapes of all cores at a rank, or raise a `LayerError`."""
     full = ring_bonds(form.modes, None)
     checked = check_rank(form.owner, rank, full if isinstance(rank, (tuple, list)) else max(full))
     try:
@@ -195,7 +196,7 @@ def _core_shapes(form: TTForm, rank: Rank) -> list[Shape]:
 
 
 def _decomposed(form: TTForm, folded: Tensor, rank: Rank) -> tuple[list[Tensor], float]:
-    """The cores of a folded weight in its dtype, and the error on all of it."""
+    """Return the cores of a folded weight in its dtype, and the error, padding included."""
     shapes = _core_shapes(form, rank)
     sweep = sum(folded.numel() * before * after for before, _, _, after in shapes)
     found = tensor_ring(
@@ -206,7 +207,7 @@ def _decomposed(form: TTForm, folded: Tensor, rank: Rank) -> tuple[list[Tensor],
 
 @lru_cache(maxsize=4096)
 def schedule_ring(shapes: tuple[Shape, ...], rows: int, *, training: bool = False) -> RingSchedule:
-    """Return the cheapest way to multiply a ring of cores of these shapes with a number of rows."""
+    """Return the cheapest way to apply a ring of cores of these shapes to a number of rows."""
     ways = [_cut_after(shapes, head, rows, training) for head in range(1, len(shapes))]
     entries = math.prod(m * n for _, m, n, _ in shapes)
     if entries <= LARGEST_MERGE:
@@ -215,7 +216,7 @@ def schedule_ring(shapes: tuple[Shape, ...], rows: int, *, training: bool = Fals
 
 
 def _cut_after(shapes: tuple[Shape, ...], head: int, rows: int, training: bool) -> RingSchedule:
-    """The schedule with the first `head` cores merged and applied after the train of the others."""
+    """Return the schedule with the first `head` cores merged and applied after the train of the others."""
     first = _chain(shapes[:head])
     out, columns = math.prod(first.out_shape), math.prod(first.in_shape)
     sweep = schedule_sweep(_tail_chain(shapes[head:]), rows * columns, training=training)
@@ -236,7 +237,7 @@ def _cut_after(shapes: tuple[Shape, ...], head: int, rows: int, training: bool) 
 
 
 def _rebuilt(shapes: tuple[Shape, ...], rows: int, training: bool) -> RingSchedule:
-    """The schedule that rebuilds the weight."""
+    """Return the schedule that rebuilds the weight."""
     head, (bond, m, n, ring) = _chain(shapes[:-1]), shapes[-1]
     ends = head.core(0, len(shapes) - 1) // (bond * ring)
     closing = _product(m * n, bond * ring, ends, training)
@@ -248,14 +249,14 @@ def _rebuilt(shapes: tuple[Shape, ...], rows: int, training: bool) -> RingSchedu
 
 
 def _merging(chain: Chain, training: bool) -> Sweep:
-    """What merging all cores of a chain costs."""
+    """Return the cost of merging all cores of a chain."""
     joins = chain.merge(0, len(chain.out_shape)).joins
     scores = [_product(columns, bond, rows, training).score for rows, bond, columns in joins]
     return Sweep((), True, fixed_macs=sum(map(math.prod, joins)), score=sum(scores))
 
 
 def _product(out: int, into: int, rows: int, training: bool, *, columns: int = 1) -> Sweep:
-    """What the product of one matrix with rows, or with that many matrices of some columns, costs: MACs per column."""
+    """Return the cost of multiplying one matrix by rows, each of `columns` columns; MACs are per column."""
     return schedule_sweep(Chain((out,), (into,), (1, 1)), rows, training=training, columns=columns)
 
 
@@ -265,7 +266,7 @@ def _chain(shapes: Sequence[Shape]) -> Chain:
 
 
 def _tail_chain(shapes: Sequence[Shape]) -> Chain:
-    """The sizes of the train that `open_tail` makes."""
+    """Return the sizes of the train that `open_tail` makes."""
     out_shape = [shape[1] for shape in shapes]
     out_shape[0] *= shapes[0][0]
     out_shape[-1] *= shapes[-1][3]

@@ -28,7 +28,7 @@ class TTConv(TTLayer):
     the `r_0` filters of `G_0` to every input channel and sweeps over the channels, or rebuilds the kernel for
     one convolution, whichever is predicted to be cheaper for the number of output positions, in inference or training.
     With groups the train is that of the kernel `(out, in / groups, kernel…)`, which is always rebuilt: it saves
-    parameters, not time. Images are taken in chunks as rows are by `TTLinear`.
+    parameters, not time. Images are taken in chunks, as `TTLinear` does with rows.
     """
 
     in_channels: int
@@ -92,7 +92,7 @@ class TTConv(TTLayer):
     def _chained(
         self, maps: Tensor, cores: Sequence[Tensor], schedule: ConvSchedule, sweep: Sweep, positions: int
     ) -> Tensor:
-        """Apply the shared filters to every channel, then the train over the channels, to some images at a time."""
+        """Apply the shared filters to every channel, then the train over the channels, a few images at a time."""
         first, *channels = cores
         filters = first.shape[3]
         kernel = first.permute(3, 0, 1, 2).reshape(filters, 1, *self.kernel_size)
@@ -116,11 +116,11 @@ class TTConv(TTLayer):
         return in_chunks(run, maps, [kernel, *matrices_of(channels, sweep)], chunk=chunk, recompute=schedule.recompute)
 
     def schedule(self, input: Sequence[int], training: bool | None = None) -> TTSchedule:
-        """Return how the layer is computed for the shape of an input, and what that costs.
+        """Return how the layer would be computed for an input of this shape, and what that costs.
 
         Args:
             input: the shape (batch, channels, space…) or (channels, space…).
-            training: whether a backward pass follows; by default, whether it does after a call at this place.
+            training: whether a backward pass follows; by default, whether it would after a call here and now.
         """
         axes, shape = len(self.kernel_size), tuple(input)
         batch = shape[0] if len(shape) == axes + 2 else 1
@@ -138,7 +138,7 @@ class TTConv(TTLayer):
 
     @classmethod
     def cost(cls, dense: nn.Module, calls: Sequence[Call], *, rank: Rank, **options: Any) -> Cost:
-        """Return parameters, and multiply-adds of the way chosen for the output positions of each call."""
+        """Return parameters, and multiply-adds as scheduled for the output positions of each call."""
         form = cls._form_of(dense, **options)
         shape, chain = ConvShape.of(dense), form.chain(rank)
         axes, macs = len(shape.kernel_size), 0

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from rankfold.layers._build import LARGEST_MERGE
 from rankfold.layers.tensor._tt_order import (
     CHUNK,
-    LARGEST_MERGE,
     LAUNCH,
     MOVE,
     RATE,
@@ -19,7 +19,7 @@ from rankfold.layers.tensor._tt_order import (
 from rankfold.layers.tensor._tt_schedule import TTSchedule, describe, for_batches
 
 FILTERING, CONVOLVING = RATE / 24, RATE / 2
-"""Multiply-adds in a second of filters shared by all channels, and of a convolution."""
+"""Multiply-adds per second of filters shared by all channels, and of a convolution."""
 
 COLUMNS = 64
 """Positions that a product is assumed to take side by side, where there are that many."""
@@ -35,7 +35,7 @@ class ConvSchedule:
         row_macs: multiply-adds per output position.
         largest: entries of the largest intermediate, per output position; 0 where there is none.
         kept: entries of the intermediates that backward needs, per output position.
-        recompute: whether they are computed again in backward instead of kept.
+        recompute: whether backward recomputes them instead of keeping them.
     """
 
     sweep: Sweep | None
@@ -50,7 +50,7 @@ class ConvSchedule:
         return self.fixed_macs + rows * self.row_macs
 
     def images(self, positions: int) -> int:
-        """Return how many images of so many output positions are taken at a time; 0 where all are."""
+        """Return how many images, of `positions` output positions each, are taken at a time; 0 for all at once."""
         return max(CHUNK // max(self.largest * positions, 1), 1) if self.largest else 0
 
 
@@ -64,15 +64,15 @@ def schedule_conv(
     training: bool = False,
     recompute: float | None = None,
 ) -> ConvSchedule:
-    """Return the faster way for a number of output positions and `sizes = (out, in)`, the channels of the kernel.
+    """Return the faster schedule for a number of output positions; `sizes = (out, in)` are the kernel's channels.
 
-    The sweep mixes all input channels, so that a kernel of several groups is always rebuilt.
+    The sweep mixes all input channels, so a kernel with several groups is always rebuilt.
     """
     filters, order, passes = chain.ranks[1], len(chain.out_shape), 3 if training else 1
     channels, columns = _channels(chain), min(rows, COLUMNS)
     sweep = schedule_sweep(channels, -(-rows // columns), both_ends=False, training=training, columns=columns)
     spatial, filtered = chain.out_shape[0] * filters * sizes[1], filters * sizes[1]
-    # the filtered maps are written, brought into order and read
+    # the filtered maps are written, reordered and read
     filtering = rows * (spatial / FILTERING + MOVE * 3 * filtered) + LAUNCH
     merging, kernel = chain.merge(0, order).macs, chain.out_shape[0] * sizes[0] * sizes[1]
     rebuilding = 2 * merging / RATE + MOVE * 3 * kernel + LAUNCH * 3 * order

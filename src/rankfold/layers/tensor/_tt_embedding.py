@@ -35,17 +35,17 @@ class TTEmbedding(TTLayer):
     """An embedding whose table is a tensor train: a row is a product of one slice of each core.
 
     With the digits `(i_1 ... i_d)` of index i in the radices `in_shape`, `row(i) = G_1[:, i_1] ... G_d[:, i_d]`, each
-    slice (r, dim_k, r'). The slices are gathered and multiplied in a batch, after neighbouring cores have been
-    merged where that has less to gather (`schedule`); an index that occurs several times is computed once, except
-    inside a compiled or exported program, where sizes must not depend on values. The table is never built. The
-    output at `padding_idx` is zero and sends no gradient back.
+    slice (r, dim_k, r'). The slices are gathered and multiplied in a batch; before that, neighbouring cores are
+    merged where this leaves less to gather (`schedule`). An index that occurs several times is computed once, except in
+    a compiled or exported program, where sizes must not depend on values. The table is never built. The output at
+    `padding_idx` is zero and passes no gradient back.
 
     Args:
         num_embeddings: rows of the table.
         embedding_dim: size of each row.
         padding_idx: the index whose row is zero.
         max_norm: refused, as are `scale_grad_by_freq` and `sparse`: rows share their cores.
-        norm_type: of `max_norm`; kept to mirror `nn.Embedding`.
+        norm_type: that of `max_norm`, only there to mirror `nn.Embedding`.
         scale_grad_by_freq: refused.
         sparse: refused.
         device: where to put the parameters.
@@ -118,7 +118,7 @@ class TTEmbedding(TTLayer):
         return self._schedules[bucket_of(rows)]
 
     def _distinct_rows(self, indices: Tensor) -> Tensor:
-        """Return the rows of the indices, each index computed once."""
+        """Return the rows of the indices, computing each distinct index once."""
         distinct, places = torch.unique(indices, return_inverse=True)  # sorted; places has the shape of indices
         if int(distinct[0]) < 0 or int(distinct[-1]) >= self.num_embeddings:
             raise IndexError(f"TTEmbedding: index out of range of its {self.num_embeddings} rows")
@@ -127,7 +127,7 @@ class TTEmbedding(TTLayer):
     def _rows(self, indices: Tensor) -> Tensor:
         schedule = self._schedules[bucket_of(indices.shape[0])]
         rows = table_rows(list(self.cores), self._form.in_shape, indices, schedule)
-        # a slice of everything would cost a copy of the gradient
+        # slicing off nothing would still copy the gradient
         return rows if rows.shape[1] == self.embedding_dim else rows[:, : self.embedding_dim]
 
     @property

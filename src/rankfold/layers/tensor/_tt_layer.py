@@ -1,4 +1,4 @@
-"""The tensor-train layers' common part: everything of the contract that only needs a train and a folded weight."""
+"""What tensor-train layers share: all of the contract that only needs the form of a train and a folded weight."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TTLayer(TwinLayer):
     def _form_of(
         cls, dense: Any, *, in_shape: Sequence[int] | None = None, out_shape: Sequence[int] | None = None
     ) -> TTForm:
-        """Return the train of the weight of a dense layer; a final class may take more options."""
+        """Return the form of the train of a dense layer's weight; a final class may take more options."""
 
     @classmethod
     @abstractmethod
@@ -51,7 +51,7 @@ class TTLayer(TwinLayer):
         """Return the weight in float64 as the train's matrix, `(lead, out, in)` where it has a lead."""
 
     def _assemble(self, form: TTForm, rank: Rank, device: Device, dtype: torch.dtype | None) -> None:
-        """Give the layer its cores, without values."""
+        """Give the layer empty cores."""
         self._chain = form.chain(rank)
         self._merging = self._chain.merge(0, len(self._chain.out_shape)).order
         self._form, self._rank = form, tuple(rank) if isinstance(rank, (tuple, list)) else rank
@@ -70,7 +70,7 @@ class TTLayer(TwinLayer):
 
     @property
     def options(self) -> Options:
-        """The options beside the rank: `like(dense, rank=rank, **options)` is the twin of this layer."""
+        """The options besides the rank: `like(dense, rank=rank, **options)` is the twin of this layer."""
         kept = {} if self.recompute is None else {"recompute": self.recompute}
         return {**self._form.options, **kept}
 
@@ -122,7 +122,7 @@ class TTLayer(TwinLayer):
     ) -> tuple[float, ...]:
         """Return the relative error of the weight at each rank, measured on one TT-SVD that is rounded to each.
 
-        In a metric it is an estimate of the error of the outputs, a little above what `from_dense` reaches.
+        In a metric it is an estimate of the error of the outputs, slightly above what `from_dense` reaches.
         """
         del seed  # nothing is random
         form = cls._form_of(dense, **options)
@@ -131,13 +131,13 @@ class TTLayer(TwinLayer):
         groups = group_metrics(cls, dense, metric)
         if metric is None:
             return errors(form, cls._matrix_of(dense), ranks)
-        if not any(groups):  # nothing that changes reaches the outputs
+        if not any(groups):  # its inputs never vary, or its outputs carry no weight
             return (0.0,) * len(ranks)
         return errors_in_metric(form, cls._matrix_of(dense), ranks, groups, metric)
 
     @classmethod
     def spectra(cls, dense: nn.Module, **options: Any) -> tuple[Spectrum, ...]:
-        """Return nothing: one cap stands for all bonds, so there is no spectrum per entry of the rank."""
+        """Return nothing: a single cap covers all bonds, so there is no spectrum per entry of the rank."""
         del dense, options
         return ()
 

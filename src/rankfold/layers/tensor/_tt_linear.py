@@ -26,10 +26,10 @@ class TTLinear(TTLayer):
 
     `W[(m_1 ... m_d), (n_1 ... n_d)] = G_1[:, m_1, n_1] ... G_d[:, m_d, n_d]`. The forward pass is a chain of
     reshapes and matrix products in an order chosen for the number of rows and for inference or training (`schedule`),
-    and builds the weight only where that is cheaper and the weight small. At rank 1 to 8 a layer of thousands of
-    inputs has some hundred to some thousand parameters; at large ranks, or large batches, a dense or a low-rank layer
-    is faster. Rows are taken in chunks, so that intermediates stay small; a compiled or exported program takes
-    them at once.
+    and the weight is built only where that is cheaper and the weight small. At ranks 1 to 8 a layer with thousands of
+    inputs has a few hundred to a few thousand parameters; at large ranks, or large batches, a dense or a low-rank layer
+    is faster. Rows are taken in chunks to keep intermediates small; a compiled or exported program takes them all at
+    once.
 
     Args:
         in_features: size of each input.
@@ -40,8 +40,8 @@ class TTLinear(TTLayer):
         rank: a cap for every bond, clipped to what each can have, or one per bond.
         in_shape: dims whose product is at least `in_features`; by default balanced. Larger products are padded.
         out_shape: as many dims for `out_features`.
-        recompute: computes intermediates again in backward, chunk by chunk, where they take more than this many times
-            the entries of input and output; 0 does wherever there are any, None (default) keeps them all.
+        recompute: recompute intermediates in backward, chunk by chunk, where they have more than this many times the
+            entries of input and output; 0 recomputes all of them, None (default) keeps them.
         redundant: allows bonds beyond what the modes can use, and does not clip an int `rank`: for training
             from scratch in a published configuration that has such bonds. No dense weight has that decomposition.
 
@@ -91,33 +91,33 @@ class TTLinear(TTLayer):
         fresh_bias_(self.bias, self.in_features, generator)
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
-        """Multiply the train with the last axis of the input."""
+        """Multiply the train by the last axis of the input."""
         rows = input if input.dim() == 2 else input.reshape(-1, self.in_features)
         cores = core_list(self, len(self._chain.out_shape))
         sweep = pick(self._schedules, rows.shape[0], wants_gradients(cores))
         matrices = matrices_of(cores, sweep)
         if not sweep.recompute and (torch.compiler.is_compiling() or rows.shape[0] <= sweep.chunk):
-            output = self._swept(sweep, rows, *matrices)  # the usual call, without detours
+            output = self._swept(sweep, rows, *matrices)  # the usual call, kept short
         else:
             run = partial(self._swept, sweep)
             output = in_chunks(run, rows, matrices, chunk=sweep.chunk, recompute=sweep.recompute)
         return output if input.dim() == 2 else output.reshape(*input.shape[:-1], self.out_features)
 
     def _swept(self, sweep: Sweep, rows: Tensor, *matrices: Tensor) -> Tensor:
-        """Multiply the matrices of a sweep with rows of the input, and add the bias."""
+        """Apply the matrices of a sweep to rows of the input, and add the bias."""
         if self._padding:
             rows = functional.pad(rows, (0, self._padding))
         output = sweep_state(rows, matrices, sweep)  # rows, padded out
         if self._surplus:
             output = output[:, : self.out_features]
-        return output if self.bias is None else output + self.bias.to(output.dtype)  # autocast leaves it wide
+        return output if self.bias is None else output + self.bias.to(output.dtype)  # autocast does not narrow it
 
     def schedule(self, batch: int, training: bool | None = None) -> TTSchedule:
-        """Return how the layer is computed for a number of rows, and what that costs.
+        """Return how the layer would be computed for a number of rows, and what that costs.
 
         Args:
             batch: rows of the input, >= 0.
-            training: whether a backward pass follows; by default, whether it does after a call at this place.
+            training: whether a backward pass follows; by default, whether it would after a call here and now.
 
         Example:
             >>> import torch

@@ -1,4 +1,4 @@
-"""Tensor-train layers in the metric of their outputs: the weight and its metric as the decomposition takes them."""
+"""Tensor-train layers in the metric of their outputs: the weight and its metric in the decomposition's layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rankfold.layers.tensor._tt_chain import TTForm
 def cores_in_metric(
     form: TTForm, matrix: Tensor, rank: Rank, groups: Sequence[GroupMetric | None], metric: Metric
 ) -> Sequence[Tensor]:
-    """Return the cores of a weight that make the error of the outputs small."""
+    """Return cores of a weight that aim at the least error of the outputs."""
     given = _arguments(form, matrix, groups, metric)
     return metric_tt_matrix(rank=form.chain(rank).ranks[1:-1], **given).cores
 
@@ -36,7 +36,7 @@ def errors_in_metric(
 
 
 def _arguments(form: TTForm, matrix: Tensor, groups: Sequence[GroupMetric | None], metric: Metric) -> dict[str, Any]:
-    """Return the weight as (out, lead and padded inputs) with its metric in that order."""
+    """Return the weight as (out, lead and padded inputs), and its metric in that order."""
     lead, padded = max(form.lead, 1), math.prod(form.in_shape)
     wide = matrix.new_zeros(form.out_size, lead, padded)
     wide[:, :, : form.in_size] = matrix.transpose(0, 1) if form.lead else matrix[:, None]

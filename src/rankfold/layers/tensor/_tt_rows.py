@@ -1,8 +1,8 @@
 """Rows of a table that is a tensor train: products of gathered slices, in an order found from sizes alone.
 
-Neighbouring cores are merged before the look-up where they have fewer slices than rows are asked for: the two
-halves of a table of a million rows have some thousand slices each, and one product per row is left. The
-table itself, all cores merged, is never built.
+Neighbouring cores are merged before the look-up where they have fewer slices than there are rows to look up: the two
+halves of a table of a million rows have about a thousand slices each, which leaves one product per row. The table
+itself, with all cores merged, is never built.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROWS = (1, 8, 64, 512, 4096, 32768)
 TYPICAL_ROWS = 512
 """The row count that a schedule is made for where the number of rows is a symbol of an exported program."""
 
-# The cost model, in multiply-adds: what moving one entry, one small product of a batch and one call are worth.
+# The cost model, in multiply-adds: the worth of moving one entry, of one small product in a batch, and of one call.
 MOVE, PRODUCT, LAUNCH = 8.0, 4e3, 4e5
 
 
@@ -62,7 +62,9 @@ def row_schedules(chain: Chain) -> tuple[RowSchedule, ...]:
 
 def bucket_of(rows: int | torch.SymInt) -> int:
     """Return the position in `ROWS` of the schedule that serves this many rows."""
-    count = rows if isinstance(rows, int) else TYPICAL_ROWS  # comparing a symbol would fix its range
+    count = (
+        rows if isinstance(rows, int) else TYPICAL_ROWS
+    )  # comparing a symbol would specialise the program to its range
     return next((k for k, limit in enumerate(ROWS) if count <= limit), len(ROWS) - 1)
 
 

@@ -24,17 +24,17 @@ class TTSchedule:
     Attributes:
         rows: rows of the input; of a convolution, output positions, batch included.
         training: whether a backward pass follows, with gradients of the cores and of the input.
-        groups: (start, stop) of the cores that are merged before they meet the input, from left to right.
+        groups: (start, stop) of the cores that are merged before they are applied, from left to right.
         from_left: which end the contraction starts at.
         chunk: rows (of a convolution, images) taken at a time.
         macs: multiply-adds of a forward pass.
         backward_macs: multiply-adds of the backward pass, recomputing included; 0 in inference.
         moved: bytes that the products read and write.
-        launches: matrix products and convolutions that are called, backward included.
-        peak: bytes of the largest tensor made in the forward pass beside the output and a copy of the input.
-        saved: bytes of intermediates kept for backward, beside input, cores and merged cores.
+        launches: matrix products and convolutions launched, backward included.
+        peak: bytes of the largest tensor made in the forward pass, other than the output and a copy of the input.
+        saved: bytes of intermediates kept for backward, besides the input, the cores and the merged cores.
         rebuilt: whether the dense weight is rebuilt.
-        recomputed: whether the intermediates are computed again in backward.
+        recomputed: whether backward recomputes the intermediates.
     """
 
     rows: int
@@ -112,13 +112,13 @@ def pick(schedules: Mapping[bool, Sequence[Schedule]], rows: int | torch.SymInt,
 
 
 def wants_gradients(cores: Sequence[Tensor]) -> bool:
-    """Tell whether what is computed from the cores is followed by a backward pass."""
+    """Tell whether a computation with the cores will be followed by a backward pass."""
     return torch.is_grad_enabled() and any([core.requires_grad for core in cores])
 
 
 @lru_cache(maxsize=4096)
 def describe(chain: Chain, sweep: Sweep, rows: int, training: bool, itemsize: int, columns: int = 1) -> TTSchedule:
-    """Return the figures of a sweep over a matrix for a number of rows, each carrying a number of columns."""
+    """Return the figures of a sweep for a number of rows, each carrying a number of columns."""
     steps, chunk = sweep.steps(chain, columns), min(sweep.chunk or rows, rows)
     chunks = -(-rows // chunk) if chunk else 0
     merged = [chain.core(*group) for group in sweep.groups]
