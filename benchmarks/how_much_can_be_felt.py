@@ -44,13 +44,13 @@ def fastest(found: Candidates, share: float) -> tuple[float, float] | None:
     rows = [(k, choice) for k, choices in enumerate(found.layers.values()) for choice in choices]
     owner = np.array([k for k, _ in rows])
     times, macs = (
-        np.array([getattr(choice, name) for _, choice in rows], dtype=float) / getattr(whole, f"dense_{name}")
+        np.array([choice.amounts[name] for _, choice in rows], dtype=float) / whole.dense[name]
         for name in ("latency", "macs")
     )
     one_each = np.equal.outer(np.arange(len(found.layers)), owner)
     dense = [choices[0] for choices in found.layers.values()]
-    fixed_time = 1 - sum(choice.latency or 0 for choice in dense) / (whole.dense_latency or 1)
-    fixed_macs = 1 - sum(choice.macs or 0 for choice in dense) / (whole.dense_macs or 1)
+    fixed_time = 1 - sum(choice.latency or 0 for choice in dense) / (whole.dense.latency or 1)
+    fixed_macs = 1 - sum(choice.macs or 0 for choice in dense) / (whole.dense.macs or 1)
     limits = (share - WIDTH - fixed_macs, share - fixed_macs)
     done = milp(
         times,
@@ -68,7 +68,9 @@ def check(name: str, runtime: str, batch: int, *, seconds: float) -> dict[str, A
     model, x, _ = build(name, batch, runtime, 1)
     timing = Timing(runtime=runtime, threads=1, seconds=seconds)
     stats = time_layers(model, rf.measure(model, example=x), example=x, timing=timing)
-    found = candidates(model, quantities=("macs", "latency"), stats=stats, rule=first, init="random")
+    found = candidates(
+        model, quantities=("macs", "latency"), stats=stats, planning=rf.Planning(rule=first, init="random")
+    )
     return {"model": name, "runtime": runtime, "batch": batch, "best": {s: fastest(found, s) for s in FELT}}
 
 

@@ -1,7 +1,11 @@
 """Small models that hold, between them, what a planner can meet in the wild."""
 
+import dataclasses
+
 import torch
 from torch import nn
+
+import rankfold as rf
 
 
 class CalledTwice(nn.Module):
@@ -106,3 +110,10 @@ def same_state(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
 
 def params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def told(**arguments) -> dict:
+    """The arguments of `rf.plan`, `rf.compress` or `rf.search`, with those of a `Planning` gathered in one."""
+    own = {field.name for field in dataclasses.fields(rf.Planning)}
+    inner = {name: arguments.pop(name) for name in list(arguments) if name in own}
+    return {**arguments, "planning": rf.Planning(**inner)} if inner else arguments

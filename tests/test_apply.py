@@ -210,7 +210,7 @@ def test_a_plan_that_does_not_fit_is_refused(case):
 
 
 def test_an_unknown_initialisation_is_refused():
-    with pytest.raises(PlanError, match="init='zeros'"):
+    with pytest.raises(PlanError, match="init must be 'decompose' or 'random', got 'zeros'"):
         rf.apply(convnet(), PLAN, init="zeros")
 
 

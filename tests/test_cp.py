@@ -365,7 +365,7 @@ def test_error_curve_keeps_the_order_asked_for_and_ends_exactly():
 # refused?
 
 BAD = {
-    "rank 0": (lambda x: cp(x, 0), "rank 0"),
+    "rank 0": (lambda x: cp(x, 0), "rank must be a whole number >= 1, got 0"),
     "rank beyond full": (lambda x: cp(x, 21), "full rank 20"),
     "NaN": (lambda x: cp(x / 0 * 0, 2), "NaN or Inf"),
     "order 1": (lambda x: cp(x.flatten(), 2), "order 2 or more"),
@@ -381,7 +381,7 @@ BAD = {
     "bound NaN": (lambda x: cp(x, 2, max_degeneracy=math.nan), "max_degeneracy"),
     "no ranks": (lambda x: cp_errors(x, []), "at least one rank"),
     "curve beyond full": (lambda x: cp_errors(x, [2, 21]), "full rank 20"),
-    "curve of rank 0": (lambda x: cp_errors(x, [0, 2]), "rank 0"),
+    "curve of rank 0": (lambda x: cp_errors(x, [0, 2]), "rank must be a whole number >= 1, got 0"),
     "one anchor": (lambda x: cp_errors(x, [1, 2], anchors=1), "anchors"),
 }
 

@@ -327,7 +327,7 @@ def test_fitting_the_values_at_more_rows_serves_inputs_that_it_has_not_seen():
 def test_a_fit_of_the_values_that_is_no_better_is_dropped(monkeypatch):
     found, layer = read_block(block(), "0:2"), FlexibleLinear(8, 8, rank=3, size=3).double()
     assert fitted_to_values(layer, found, X[:30], X[30:], 0) is not layer
-    monkeypatch.setattr("rankfold.train.RATE", 1e4)
+    monkeypatch.setattr("rankfold.train.flexible._block_fit.RATE", 1e4)
     assert fitted_to_values(layer, found, X[:30], X[30:], 0) is layer
 
 

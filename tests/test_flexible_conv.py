@@ -155,7 +155,7 @@ def test_a_batchnorm_inside_becomes_part_of_the_convolution_before_it(options):
     small, plan = decouple(model.train(), "0:3", IMAGES, rank=5, samples=200)
     assert_close(small.eval()(IMAGES[0]), model.eval()(IMAGES[0]), atol=1e-6, rtol=1e-6)
     assert [type(m) for m in small[1:]] == [nn.Identity] * 3
-    assert plan.layers["0:3"].dense_params == sum(p.numel() for p in model.parameters())
+    assert plan.layers["0:3"].dense.params == sum(p.numel() for p in model.parameters())
     assert plan.params == sum(p.numel() for p in small.parameters())
 
 

@@ -11,13 +11,13 @@ from cases import (
     example_of,
     form_name,
     part_of,
-    small_rank,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankfold import layers
 from rankfold.errors import LayerError
+from rankfold.testing import Case, check_full_rank, check_weight
 
 few = settings(max_examples=8, deadline=None, derandomize=True)
 pytestmark = pytest.mark.filterwarnings(
@@ -27,30 +27,11 @@ forms = pytest.mark.parametrize(("layer", "options"), FORMS, ids=FORM_IDS)
 convolutions = pytest.mark.parametrize(("layer", "options"), CONVOLUTIONS, ids=map(form_name, CONVOLUTIONS))
 
 
-def relative(actual, expected):
-    actual, expected = actual.detach().double(), expected.detach().double()
-    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
-
-
 @forms
 @given(data=st.data())
 @few
-def test_full_rank_in_double_precision(layer, options, data):
-    dense, x = data.draw(dense_layers(layer.dense_type))
-    built = layer.from_dense(dense, rank=layer.full_rank(dense, **options), **options)
-    assert built(x).shape == dense(x).shape
-    assert relative(built(x), dense(x)) < 1e-10
-    assert relative(built.weight, dense.weight) < 1e-10
-    assert relative(built.to_dense()(x), dense(x)) < 1e-10
-
-
-@forms
-@given(data=st.data())
-@few
-def test_full_rank_in_single_precision(layer, options, data):
-    dense, x = data.draw(dense_layers(layer.dense_type, torch.float32))
-    built = layer.from_dense(dense, rank=layer.full_rank(dense, **options), **options)
-    assert relative(built(x), dense(x)) < 1e-4
+def test_full_rank_in_double_and_single_precision(layer, options, data):
+    check_full_rank(layer, Case(*data.draw(dense_layers(layer.dense_type)), options=options))
 
 
 @forms
@@ -59,12 +40,7 @@ def test_full_rank_in_single_precision(layer, options, data):
 def test_any_rank_is_the_dense_layer_of_its_weight(layer, options, data):
     dense, x = data.draw(dense_layers(layer.dense_type))
     rank = part_of(layer.full_rank(dense, **options), data.draw(st.floats(0, 1)))
-    built = layer.like(dense, rank=rank, seed=1, **options)
-    back = built.to_dense()
-    assert type(back) is layer.dense_type
-    torch.testing.assert_close(back.weight, built.weight)
-    torch.testing.assert_close(back(x), built(x))
-    torch.testing.assert_close(built.squared_norm(), built.weight.square().sum())
+    check_weight(layer, Case(dense, x, rank, options))
 
 
 @convolutions
@@ -84,19 +60,6 @@ def test_depthwise_layers_are_exact_where_they_have_variants(layer, options):
     dense, x = example_of(layer.dense_type, out_channels=8, groups=8, dtype=torch.float64)
     built = layer.from_dense(dense, rank=layer.full_rank(dense, **options), **options)
     torch.testing.assert_close(built(x), dense(x))
-
-
-@forms
-def test_squared_norm_needs_no_weight_and_is_differentiable(layer, options):
-    dense, _ = example_of(layer.dense_type, dtype=torch.float64)
-    built = layer.like(dense, rank=small_rank(layer, dense, options), **options)
-    built.squared_norm().backward()
-    actual = {name: p.grad.clone() for name, p in built.named_parameters() if p.grad is not None}
-    built.zero_grad()
-    built.weight.square().sum().backward()
-    assert actual.keys() == {name for name, p in built.named_parameters() if p.grad is not None}
-    for name, gradient in actual.items():
-        torch.testing.assert_close(gradient, built.get_parameter(name).grad)
 
 
 def test_a_tied_head_is_the_transposed_table():

@@ -1,6 +1,7 @@
 """Is a budget on latency or bytes kept: by the table, by the whole model, and never by a slower one?"""
 
 import json
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 
 import rankfold as rf
 from rankfold.errors import DataError, PlanError
-from rankfold.latency import Timing, time_layers
+from rankfold.latency import RUNTIMES, RuntimeRow, Timing, eager, time_layers
 from rankfold.latency import _layers as timings
+from rankfold.latency._runtimes import runtime_of
 from rankfold.pipeline import _latency_check as promises
 from rankfold.pipeline import plan_in_time
 from rankfold.planning import Measured, candidates
@@ -66,8 +68,8 @@ def table(model, shares=((16, 0.2), (32, 0.6)), grain=1, dense=1.0, rest=0.0):
 def test_the_sum_of_the_table_is_within_the_budget(share):
     model = mlp(64, 64, 64, 64)
     plan = rf.plan(model, budget=rf.Budget(latency=share), stats=table(model, rest=0.1), methods="svd")
-    assert plan.dense_latency == pytest.approx(3.1)
-    assert plan.latency <= share * plan.dense_latency * (1 + 1e-9)
+    assert plan.dense.latency == pytest.approx(3.1)
+    assert plan.latency <= share * plan.dense.latency * (1 + 1e-9)
     assert plan.latency == pytest.approx(0.1 + sum(choice.latency for choice in plan.layers.values()))
 
 
@@ -135,15 +137,17 @@ def test_layers_that_were_not_timed_stay_dense():
 def test_both_budgets_at_once(rule):
     model = mlp(64, 64, 64, 64)
     budget = rf.Budget(latency=0.6, macs=0.7, bytes=0.65)
-    plan = rf.plan(model, budget=budget, stats=table(model), methods="svd", rule=rule)
-    assert plan.latency <= 0.6 * plan.dense_latency * (1 + 1e-9)
-    assert plan.macs <= 0.7 * plan.dense_macs
-    assert plan.bytes <= 0.65 * plan.dense_bytes
+    plan = rf.plan(model, budget=budget, stats=table(model), methods="svd", planning=rf.Planning(rule=rule))
+    assert plan.latency <= 0.6 * plan.dense.latency * (1 + 1e-9)
+    assert plan.macs <= 0.7 * plan.dense.macs
+    assert plan.bytes <= 0.65 * plan.dense.bytes
 
 
 def test_latency_without_times_is_refused():
     model = mlp(64, 64)
     with pytest.raises(PlanError, match="time_layers"):
+        candidates(model, quantities="latency", stats=rf.measure(model, example=X))
+    with pytest.raises(rf.RankfoldError, match="pass example=… or a loader"):
         rf.plan(model, budget=rf.Budget(latency=0.5), stats=rf.measure(model, example=X))
 
 
@@ -151,7 +155,7 @@ def test_a_layer_called_twice_is_planned_with_both_calls(clock):
     model, x = CalledTwice(), torch.ones(4, 32)
     stats = time_layers(model, rf.measure(model, example=x), example=x, timing=NO_CACHE)
     plan = rf.plan(model, budget=rf.Budget(latency=1), stats=stats)
-    assert plan.layers["body"].dense_latency == stats.times.layers["body"].dense
+    assert plan.layers["body"].dense.latency == stats.times.layers["body"].dense
 
 
 # --- by the whole model
@@ -161,7 +165,7 @@ def promised(monkeypatch, kept, share=0.5, **limits):
     model = mlp(64, 64, 64, 64)
     fake = whole(monkeypatch, kept)
     budget = rf.Budget(latency=share, **limits)
-    found = candidates(model, quantities=tuple(budget.limits), stats=table(model), methods="svd")
+    found = candidates(model, quantities=tuple(budget.limits), stats=table(model), planning=rf.Planning(methods="svd"))
     return found, fake, lambda: plan_in_time(model, found, budget, example=X, timing=NO_CACHE)
 
 
@@ -179,7 +183,7 @@ def test_a_promise_that_is_not_kept_is_repaired(monkeypatch):
     assert len(fake.races) == 2
     assert plan.measured.kept == 0.49
     # Four fifths of the saving came true: with this in mind the plan promises what is asked for.
-    assert plan.latency <= 0.5 * plan.dense_latency * (1 + 1e-9)
+    assert plan.latency <= 0.5 * plan.dense.latency * (1 + 1e-9)
     assert plan.error > found.plan(rf.Budget(latency=0.5)).error
 
 
@@ -219,7 +223,7 @@ def test_what_the_layers_can_not_promise_is_returned_where_the_model_keeps_it(mo
     _, fake, run = promised(monkeypatch, [0.15], share=0.15)
     plan = run()
     assert (plan.measured.kept, plan.budget, len(fake.races)) == (0.15, rf.Budget(latency=0.15), 1)
-    assert plan.latency > 0.15 * plan.dense_latency
+    assert plan.latency > 0.15 * plan.dense.latency
 
 
 def test_between_a_plan_that_is_late_and_one_that_is_early_there_is_another(monkeypatch):
@@ -262,7 +266,7 @@ def test_where_another_limit_decides_it_is_not_tried_again(monkeypatch):
     _, fake, run = promised(monkeypatch, [0.3, 0.3, 0.3], share=0.9, params=0.3)
     plan = run()
     assert len(fake.races) == 1
-    assert plan.params <= 0.3 * plan.dense_params
+    assert plan.params <= 0.3 * plan.dense.params
 
 
 def test_a_budget_without_latency_is_refused():
@@ -339,9 +343,9 @@ def test_bytes_are_those_of_what_is_saved(methods, dtype, tmp_path):
     plan = rf.plan(model, budget=rf.Budget(bytes=0.8), methods=methods)
     small = rf.apply(model, plan)
     assert (
-        plan.dense_bytes == count_bytes(model) == sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        plan.dense.bytes == count_bytes(model) == sum(t.numel() * t.element_size() for t in model.state_dict().values())
     )
-    assert plan.bytes == count_bytes(small) <= 0.8 * plan.dense_bytes
+    assert plan.bytes == count_bytes(small) <= 0.8 * plan.dense.bytes
     rf.save(small, plan, tmp_path / "small.safetensors")
     assert 0 < (tmp_path / "small.safetensors").stat().st_size - plan.bytes < 20_000
 
@@ -357,7 +361,7 @@ def test_a_budget_of_bytes_prefers_wide_numbers():
     model = mlp(64, 64, 64)
     model[0].double()
     plan = rf.plan(model, budget=rf.Budget(bytes=0.8), methods="svd")
-    assert plan.layers["0"].bytes < plan.layers["0"].dense_bytes == 8 * (64 * 64 + 64)
+    assert plan.layers["0"].bytes < plan.layers["0"].dense.bytes == 8 * (64 * 64 + 64)
 
 
 # --- plain data
@@ -409,11 +413,46 @@ def test_a_report_says_what_was_promised(clock):
     model = mlp(64, 64, 64)
     small, plan = rf.compress(model, example=X, budget=rf.Budget(latency=0.9), timing=NO_CACHE)
     report = rf.report(model, small, plan, example=X, latency=False)
-    assert report.conditions["promised latency"] == f"{plan.latency / plan.dense_latency:.1%} of dense"
-    assert [row.bytes for row in report.rows] == [plan.dense_bytes, plan.bytes]
+    assert report.conditions["promised latency"] == f"{plan.latency / plan.dense.latency:.1%} of dense"
+    assert [row.bytes for row in report.rows] == [plan.dense.bytes, plan.bytes]
 
 
 def test_editing_keeps_what_is_known_of_the_dense_layer():
-    plan = measured_plan().with_choice("0", rf.Choice("svd", rank=2, params=1, macs=1, bytes=4, latency=0.25))
-    assert plan.layers["0"].dense_latency == 1.0
+    plan = measured_plan().with_choice("0", rf.Choice("svd", rank=2, amounts=rf.planning.Amounts(1, 1, 4, 0.25)))
+    assert plan.layers["0"].dense.latency == 1.0
     assert plan.latency == pytest.approx(plan.layers["1"].latency + 0.25)
+
+
+class Rehearsal(FakeClock):
+    """The same clock, which also runs every model once."""
+
+    def __call__(self, models, example, *, runtime="eager", **options):
+        for model in models.values():
+            runtime_of(runtime).model(model, example)()
+        return super().__call__(models, example, runtime=runtime, **options)
+
+
+def test_a_runtime_is_one_row(monkeypatch, tmp_path):
+    ran = {"model": 0, "layer": 0}
+
+    def counting(kind):
+        def mine(model, example):
+            ran[kind] += 1
+            return eager(model, example)
+
+        return mine
+
+    row = RuntimeRow(counting("model"), counting("layer"), library="numpy")
+    monkeypatch.setattr("rankfold.latency._runtimes.RUNTIMES", {**RUNTIMES, "mine": row})
+    clock = Rehearsal()
+    for place in (timings, promises):
+        monkeypatch.setattr(place, "time_models", clock)
+    model, timing = mlp(64, 64, 64).eval(), Timing("mine", cache=tmp_path)
+    times = time_layers(model, rf.measure(model, example=X), example=X, timing=timing).times
+    assert (times.setting.runtime, times.setting.library) == ("mine", version("numpy"))
+    assert ran["model"] == 1
+    assert ran["layer"] > 2
+    small, plan = rf.compress(model, example=X, budget=rf.Budget(latency=0.6), timing=timing)
+    assert plan.measured.setting.startswith("mine")
+    assert plan.latency <= 0.6 * plan.dense.latency
+    assert ran["model"] > 1

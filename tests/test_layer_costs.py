@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rankfold import layers
 from rankfold.layers import Call, Cost
+from rankfold.testing import Case, check_costs, check_macs
 
 few = settings(max_examples=8, deadline=None, derandomize=True)
 # tensor trains and their kin merge cores once a call, in an order planned for the batch: see test_tt_layers.py
@@ -40,13 +41,9 @@ def test_costs_are_those_of_the_built_layer(layer, options, data, share):
     dense, x = data.draw(dense_layers(layer.dense_type))
     if x.ndim == 1 or (hasattr(dense, "kernel_size") and x.ndim == len(dense.kernel_size) + 1):
         x = x[None]  # the counter takes the first axis of an input without a batch for one
-    rank = part_of(layer.full_rank(dense, **options), share)
-    built = layer.like(dense, rank=rank, **options)
-    call, macs = counted(built, x)
-    again = Call(tuple(2 * n if axis == 0 else n for axis, n in enumerate(call.input)), call.output)
-    assert layer.cost(dense, [call], rank=rank, **options) == Cost(params(built), macs)
-    assert layer.cost(dense, [call, again], rank=rank, **options).macs == 3 * macs
-    assert layer.cost(dense, [], rank=rank, **options).macs == 0
+    case = Case(dense, x, part_of(layer.full_rank(dense, **options), share), options)
+    check_costs(layer, case)
+    check_macs(layer, case)
     call, macs = counted(dense, x)
     assert layers.dense_cost(dense, [call]) == Cost(params(dense), macs)
 
@@ -116,16 +113,6 @@ def test_a_grid_reaches_up_to_the_break_even():
 def test_variants_are_the_forms_that_can_pay(dense, expected):
     methods = [method for method in layers.methods_for(dense) if method in expected]
     assert {m: list(layers.layer_class(dense, m).variants(dense)) for m in methods} == expected
-
-
-@forms
-def test_shapes_are_enough_to_plan(layer, options):
-    real, _ = example_of(layer.dense_type)
-    meta, _ = example_of(layer.dense_type, device="meta")
-    grid = layer.rank_grid(real, **options)
-    assert layer.rank_grid(meta, **options) == grid
-    assert layer.variants(meta) == layer.variants(real)
-    assert layer.full_rank(meta, **options) == layer.full_rank(real, **options)
 
 
 @forms

@@ -6,9 +6,9 @@ from cases import FORM_IDS, FORMS, dense_layers, part_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.func import functional_call
 
 from rankfold import layers
+from rankfold.testing import Case, check_gradients
 
 few = settings(max_examples=6, deadline=None, derandomize=True)
 pytestmark = pytest.mark.filterwarnings(
@@ -17,49 +17,12 @@ pytestmark = pytest.mark.filterwarnings(
 forms = pytest.mark.parametrize(("layer", "options"), FORMS, ids=FORM_IDS)
 
 
-def leaf(x):
-    return x.clone().requires_grad_(x.is_floating_point())
-
-
-def gradients(output, seen, *tensors):
-    return torch.autograd.grad((output * seen).sum(), tensors, allow_unused=True)
-
-
 @forms
 @given(data=st.data(), share=st.floats(0, 1))
 @few
 def test_gradients_of_factors_and_input(layer, options, data, share):
     dense, x = data.draw(dense_layers(layer.dense_type))
-    rank = part_of(layer.full_rank(dense, **options), share)
-    built = layer.like(dense, rank=rank, **options)
-    parameters = tuple(built.parameters())
-    seen = torch.randn_like(dense(x))
-    here, there = leaf(x), leaf(x)
-    values = {"weight": built.weight} | ({} if getattr(built, "bias", None) is None else {"bias": built.bias})
-    through_weight = functional_call(dense, values, there)
-    inputs = ((here,), (there,)) if x.is_floating_point() else ((), ())
-    actual = gradients(built(here), seen, *inputs[0], *parameters)
-    expected = gradients(through_weight, seen, *inputs[1], *parameters)
-    assert all(gradient is not None for gradient in actual)
-    for got, wanted in zip(actual, expected, strict=True):
-        torch.testing.assert_close(got, wanted)
-
-
-@forms
-@given(data=st.data())
-@few
-def test_gradients_at_full_rank_are_the_dense_layers(layer, options, data):
-    dense, x = data.draw(dense_layers(layer.dense_type))
-    built = layer.from_dense(dense, rank=layer.full_rank(dense, **options), **options)
-    seen = torch.randn_like(dense(x))
-    back = built.to_dense()
-    actual = gradients(back(x), seen, *back.parameters())
-    expected = gradients(dense(x), seen, *dense.parameters())
-    for got, wanted in zip(actual, expected, strict=True):
-        torch.testing.assert_close(got, wanted)
-    if x.is_floating_point():
-        here, there = leaf(x), leaf(x)
-        torch.testing.assert_close(gradients(built(here), seen, here), gradients(dense(there), seen, there))
+    check_gradients(layer, Case(dense, x, part_of(layer.full_rank(dense, **options), share), options))
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -1,6 +1,7 @@
-"""Do imports go down only, from room to room?"""
+"""Do imports go down only, from room to room and from file to file?"""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "rankfold"
 ROOMS = (  # from the ground up: a room imports rooms before it, and of those only what their `__init__` hands on
     *("errors", "_common", "ranks", "decompose", "spectrum", "layers"),
     *("stats", "planning", "surgery", "latency", "recalibration", "train"),
-    *("hub", "store", "exporters", "reports", "plots", "pipeline", "demo", "cli", "__main__"),
+    *("hub", "store", "exporters", "reports", "plots", "pipeline", "testing", "demo", "cli", "__main__"),
 )
 OPTIONAL = {
     "matplotlib",
@@ -76,6 +77,15 @@ def test_rooms_take_from_each_other_what_is_handed_on(path):
     for name in ours(path):
         _, there, *file = name.split(".")
         assert there == room(path) or not any(part.startswith("_") for part in file), f"{path}: {name}"
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_no_circle_within_a_room(name):
+    files = {module(path): set(ours(path)) for path in FILES if room(path) == name}
+    try:
+        tuple(TopologicalSorter({file: seen & files.keys() for file, seen in files.items()}).static_order())
+    except CycleError as circle:
+        pytest.fail(" <- ".join(circle.args[1]))
 
 
 @pytest.mark.parametrize("path", FILES, ids=module)

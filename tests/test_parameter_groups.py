@@ -121,9 +121,9 @@ def test_optimisers_take_the_groups(optimizer):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"lr": -1.0}, "lr is 0 or more"),
-        ({"lr": math.nan}, "lr is 0 or more"),
-        ({"lr": 1.0, "weight_decay": -1.0}, "weight_decay is 0 or more"),
+        ({"lr": -1.0}, "lr must be a number >= 0"),
+        ({"lr": math.nan}, "lr must be a number >= 0"),
+        ({"lr": 1.0, "weight_decay": -1.0}, "weight_decay must be a number >= 0"),
         ({"lr": 1.0, "decay_all": True}, "give weight_decay too"),
     ],
 )

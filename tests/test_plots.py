@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 from rankfold.errors import RankfoldError
-from rankfold.planning import Choice, Plan
+from rankfold.planning import Amounts, Choice, Plan
 from rankfold.plots import plot_plan, plot_report
 from rankfold.reports import report
 from rankfold.surgery import apply
 
 PLAN = Plan(
     {
-        "first": Choice("tucker", rank=(4, 2), error=0.25, params=200),
-        "second": Choice("svd", rank=3, error=0.5, params=100),
-        "third": Choice("dense", reason="excluded", params=105),
+        "first": Choice("tucker", rank=(4, 2), error=0.25, amounts=Amounts(200)),
+        "second": Choice("svd", rank=3, error=0.5, amounts=Amounts(100)),
+        "third": Choice("dense", reason="excluded", amounts=Amounts(105)),
     }
 )
 

@@ -11,7 +11,7 @@ import rankfold as rf
 from rankfold._common import output_error
 from rankfold.errors import DataError
 from rankfold.layers import TABLE
-from rankfold.recalibration import _recalibrate, recalibrate
+from rankfold.recalibration import Refitting, _recalibrate, recalibrate
 from rankfold.recalibration._pairs import Pairs
 from rankfold.recalibration._passes import Calibration
 from rankfold.recalibration._refit import refit
@@ -65,8 +65,14 @@ PICTURES = [torch.randn(16, 3, 10, 10, generator=torch.Generator().manual_seed(k
 
 def recalibrated(small, model, data, **options):
     seen = []
-    result = recalibrate(small, model, data, watch=seen.append, **options)
+    result = recalibrate(small, model, data, watch=seen.append, **told(**options))
     return result, seen[0]
+
+
+def told(**options):
+    """The arguments of `recalibrate`, with those of a `Refitting` gathered in one."""
+    own = {name: options.pop(name) for name in ("include_dense", "per_pass", "damping") if name in options}
+    return {**options, "refitting": Refitting(**own)} if own else options
 
 
 # --- what is solved ---
@@ -413,7 +419,7 @@ def test_padding_tokens_do_not_count():
 def test_refusals(loader, options, message):
     model = network()
     with pytest.raises(DataError, match=message):
-        recalibrate(shrunk(model, **{"0": 4}), model, loader, **options)
+        recalibrate(shrunk(model, **{"0": 4}), model, loader, **told(**options))
 
 
 def test_the_same_seed_gives_the_same_model():

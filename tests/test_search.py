@@ -72,23 +72,9 @@ def test_the_model_is_that_of_compress_and_the_dense_one_is_left_alone():
     torch.testing.assert_close(found.model.state_dict(), small.state_dict(), rtol=0, atol=0)
 
 
-def test_compress_takes_the_promise():
-    model = decaying()
-    score = by_size(lambda share: share, model)
-    small, plan = rf.compress(model, example=X, max_drop=0.4, evaluate=score)
-    assert 0.6 <= params(small) / params(model) < 0.63
-    assert plan.params == params(small)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [{"max_drop": 0.1}, {"evaluate": float}, {"max_drop": 0.1, "evaluate": float, "budget": rf.Budget(macs=0.5)},
-     {"max_drop": 0.1, "evaluate": float, "init": "random"}],
-    ids=["no evaluate", "no max_drop", "and a budget", "random"],
-)  # fmt: skip
-def test_half_a_promise_is_refused(arguments):
-    with pytest.raises(PlanError, match="max_drop"):
-        rf.compress(decaying(), example=X, **arguments)
+def test_a_search_is_not_from_scratch():
+    with pytest.raises(PlanError, match="init='decompose'"):
+        rf.search(decaying(), example=X, max_drop=0.1, evaluate=float, planning=rf.Planning(init="random"))
 
 
 def test_the_promise_is_kept_on_samples_that_the_search_did_not_see():
@@ -110,7 +96,7 @@ def test_the_promise_is_kept_on_samples_that_the_search_did_not_see():
     with torch.no_grad():
         drop = rights(model, unseen).double().mean() - rights(found.model.eval(), unseen).double().mean()
     assert drop <= 0.02
-    assert found.plan.params < 0.9 * found.plan.dense_params
+    assert found.plan.params < 0.9 * found.plan.dense.params
     assert len(found.steps) <= 11
 
 
@@ -170,14 +156,14 @@ def test_evaluations_are_few_and_the_layers_are_decomposed_once(monkeypatch):
     found = rf.search(model, example=X[:, :32], evaluate=evaluate, max_drop=0.3, quantity="params", evaluations=5)
     assert len(evaluate.calls) == 5
     assert len(calls) == 3
-    assert found.plan.params < found.plan.dense_params
+    assert found.plan.params < found.plan.dense.params
 
 
 @pytest.mark.parametrize("quantity", ["macs", "params", "bytes"])
 def test_every_quantity(quantity):
     model = decaying()
     found = rf.search(model, example=X, evaluate=by_size(lambda s: s, model), max_drop=0.4, quantity=quantity)
-    assert getattr(found.plan, quantity) < 0.7 * getattr(found.plan, f"dense_{quantity}")
+    assert getattr(found.plan, quantity) < 0.7 * found.plan.dense[quantity]
     assert list(found.plan.budget.limits) == [quantity]
 
 
@@ -185,12 +171,12 @@ def test_a_latency_measured_above_its_budget_ends_the_search(monkeypatch):
     """Times scatter: the same plan for two budgets, measured slower than both, must not be tried for ever."""
     model = decaying(16)
     slow = rf.planning.Measured(0.52, 1e-3, "as if")
-    plan = rf.Plan({"0": rf.Choice("svd", rank=2)}, dense_latency=1e-3, measured=slow)
+    plan = rf.Plan({"0": rf.Choice("svd", rank=2)}, dense=rf.planning.Amounts(latency=1e-3), measured=slow)
 
     def planner(*_, **__):
         return lambda _: plan
 
-    monkeypatch.setattr(rf.searches, "planner", planner)
+    monkeypatch.setattr("rankfold.pipeline._search.planner", planner)
     evaluate = by_size(lambda _: 1.0, model)
     found = rf.search(model, example=X[:, :16], evaluate=evaluate, max_drop=0.1, quantity="latency")
     assert len(evaluate.calls) == 2

@@ -520,3 +520,12 @@ def test_what_the_block_raises_is_what_comes_out(tmp_path):
     with atomic_path(target) as unfinished:
         unfinished.write_text("new")
     assert [file.name for file in tmp_path.iterdir()] == ["note.txt"] and target.read_text() == "new"
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    plan = Plan({"0": Choice("dense")})
+    for k in range(8):  # of four texts in the header safetensors would write another order each time
+        save(model, plan, tmp_path / f"{k}.safetensors")
+    assert len({(tmp_path / f"{k}.safetensors").read_bytes() for k in range(8)}) == 1

@@ -244,8 +244,8 @@ BAD = [
     (lambda: TRLinear(36, 36, rank=(1, 1, 9, 9), in_shape=(3, 2, 2, 3), out_shape=(3, 2, 2, 3)), "cannot be filled"),
     (lambda: TRLinear(12, 12, rank=1, in_shape=(3, 4), out_shape=(2, 2, 3)), "as many dims"),
     (lambda: BTTLinear.from_dense(nn.Embedding(12, 4), rank=1), "nn.Linear"),
-    (lambda: BTTLinear.rank_grid(nn.Linear(40, 40), multiple=0), "multiple=0"),
-    (lambda: TRLinear.rank_grid(nn.Linear(40, 40), multiple=0), "multiple=0"),
+    (lambda: BTTLinear.rank_grid(nn.Linear(40, 40), multiple=0), "multiple must be a whole number >= 1, got 0"),
+    (lambda: TRLinear.rank_grid(nn.Linear(40, 40), multiple=0), "multiple must be a whole number >= 1, got 0"),
 ]
 
 

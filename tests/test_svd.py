@@ -208,8 +208,8 @@ def test_bad_moments_are_refused(shape, moment, message):
 BAD = {
     "neither": ({}, "rank or a tolerance"),
     "both": ({"rank": 1, "tolerance": 0.1}, "rank or a tolerance"),
-    "method": ({"rank": 1, "method": "magic"}, "unknown"),
-    "tolerance": ({"tolerance": 1.5}, "0 <= tolerance < 1"),
+    "method": ({"rank": 1, "method": "magic"}, "'gram' or 'randomised', got 'magic'"),
+    "tolerance": ({"tolerance": 1.5}, "tolerance must be a number with 0 <= x < 1, got 1.5"),
     "unresolved": ({"tolerance": 1e-9, "method": "gram"}, "method='exact'"),
     "moment": ({"rank": 1, "method": "randomised", "second_moment": torch.eye(4)}, "no second moment"),
 }

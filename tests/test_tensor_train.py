@@ -181,8 +181,8 @@ def test_balanced_shapes_of_known_sizes(n, order, shape):
 
 CUBE = torch.ones(4, 4, 4)
 BAD = [
-    (lambda: tensor_train(CUBE, 0), "between 1 and the full rank 4"),
-    (lambda: tensor_train(CUBE, 5), "rank 5"),
+    (lambda: tensor_train(CUBE, 0), "must be a whole number >= 1, got 0; the full rank is 4"),
+    (lambda: tensor_train(CUBE, 5), "at most the full rank 4, got 5"),
     (lambda: tensor_train(CUBE, (2, 2, 2)), "2 bonds"),
     (lambda: tensor_train(CUBE, (4, 5)), r"rank\[1\]"),
     (lambda: tensor_train(torch.ones(4, 4, 4, 4), (1, 16, 4)), "cannot be filled"),
@@ -196,8 +196,8 @@ BAD = [
     (lambda: tt_matrix(torch.ones(12, 12), (3, 4), (3, 3), 1), "does not cover 12"),
     (lambda: tt_matrix(torch.ones(12, 12), (3, 4), (12,), 1), "equal lengths"),
     (lambda: tt_matrix(CUBE, (2, 2), (2, 2), 1), "from a matrix"),
-    (lambda: tt_round(tensor_train(CUBE), 9), "rank 9"),
-    (lambda: balanced_shape(0, 2), "n >= 1"),
+    (lambda: tt_round(tensor_train(CUBE), 9), "at most the full rank 4, got 9"),
+    (lambda: balanced_shape(0, 2), "n must be a whole number >= 1"),
 ]
 
 

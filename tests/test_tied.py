@@ -12,7 +12,7 @@ from rankfold.layers import LowRankEmbedding, TiedHead
 from rankfold.planning import candidates, tied_heads
 from rankfold.recalibration import Recalibration
 from rankfold.stats import CallTime, Curve, LayerTime, LayerTimes, Setting
-from tests.cases_models import Tied, TiedThrice, params, same_state, state
+from tests.cases_models import Tied, TiedThrice, params, same_state, state, told
 
 TOKENS = torch.randint(50, (4, 6), generator=torch.Generator().manual_seed(0))
 HALF = rf.Budget(params=0.5)
@@ -34,7 +34,7 @@ def batches(count=4):
 
 
 def planned(model, budget=HALF, **options):
-    return rf.plan(model, budget=budget, stats=rf.measure(model, example=TOKENS), **options)
+    return rf.plan(model, budget=budget, stats=rf.measure(model, example=TOKENS), **told(**options))
 
 
 @pytest.mark.parametrize("make", [Tied, TiedBias])
@@ -43,8 +43,8 @@ def test_one_choice_stands_for_both(make):
     before = state(model)
     plan = planned(model)
     rank, row, head = plan.layers["embed"].rank, plan.layers["embed"], plan.layers["head"]
-    assert (row.dense_params, row.params) == (TABLE, rank * 82)
-    assert (row.dense_macs, row.macs) == (6 * TABLE, 6 * rank * (82 + 32))  # the head's, and those of the look-up
+    assert (row.dense.params, row.params) == (TABLE, rank * 82)
+    assert (row.dense.macs, row.macs) == (6 * TABLE, 6 * rank * (82 + 32))  # the head's, and those of the look-up
     assert head.reason == "follows 'embed', whose weight it has"
     assert (head.params, head.macs) == (50 * (make is TiedBias), 0)
     small = rf.apply(model, plan)
@@ -188,7 +188,7 @@ def test_latency_is_that_of_both():
     setting = Setting("eager", 1, "cpu", "a processor", "2.6")
     timed = replace(stats, times=LayerTimes(layers, 25.0, setting))
     plan = rf.plan(Tied(), budget=rf.Budget(latency=0.6), stats=timed)
-    assert (plan.layers["embed"].dense_latency, plan.layers["embed"].latency) == (17.0, 3.0 + 8.0)
+    assert (plan.layers["embed"].dense.latency, plan.layers["embed"].latency) == (17.0, 3.0 + 8.0)
     assert plan.layers["head"].latency == 0
     del layers["head"]
     untimed = replace(stats, times=LayerTimes(layers, 25.0, setting))
@@ -205,7 +205,7 @@ def test_gradients_of_a_loss_weigh_the_rows():
     model = Tied()
     loader = [(tokens, tokens.roll(1, 1)) for tokens in batches()]
     stats = rf.measure(model, loader, moments=True, loss=cross_entropy)
-    plan = rf.plan(model, budget=HALF, stats=stats, metric="fisher", objective="loss")
+    plan = rf.plan(model, budget=HALF, stats=stats, planning=rf.Planning(metric="fisher", objective="loss"))
     assert plan.layers["embed"].method == "svd"
     assert rf.apply(model, plan, stats=stats)(TOKENS).isfinite().all()
 
@@ -213,7 +213,7 @@ def test_gradients_of_a_loss_weigh_the_rows():
 def test_a_random_start_reads_no_weight(tmp_path):
     with torch.device("meta"):
         skeleton = Tied()
-    plan = rf.plan(skeleton, budget=HALF, rule="uniform")
+    plan = rf.plan(skeleton, budget=HALF, planning=rf.Planning(rule="uniform"))
     small = rf.apply(Tied(), plan, init="random")
     assert params(small) == plan.params
     assert tied_heads(skeleton) == {"embed": "head"}

@@ -61,9 +61,9 @@ def test_every_method_trains_and_ends_in_plain_low_rank_layers(name):
     small, plan = run.prune(**({"energy": 0.97} if name == "svd" else {}))
     assert {choice.method for choice in plan.layers.values()} <= {"svd", "dense"}
     assert any(choice.method == "svd" for choice in plan.layers.values()) or name == "cuttlefish"
-    assert sum(p.numel() for p in small.parameters()) == plan.params <= plan.dense_params
+    assert sum(p.numel() for p in small.parameters()) == plan.params <= plan.dense.params
     smaller, by_budget = run.prune(budget=rf.Budget(params=0.5))
-    assert by_budget.params <= 0.5 * by_budget.dense_params
+    assert by_budget.params <= 0.5 * by_budget.dense.params
     assert torch.isfinite(smaller(vectors()[0])).all()
 
 
@@ -389,20 +389,20 @@ def test_the_total_names_the_step_of_a_nan():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("admm", {}, "method 'admm' is not known"),
+        ("admm", {}, "method must be .*'lc', got 'admm'"),
         ("svd", {"rank": 3}, "method 'svd'"),
-        ("trp", {"every": 0}, "every is a whole number above 0"),
-        ("trp", {"energy": 1.5}, "energy is a number 0 < x <= 1"),
-        ("nuclear", {"strength": -1.0}, "strength is a finite number >= 0"),
-        ("nuclear", {"lr": "fast"}, "lr is a finite number >= 0"),
-        ("pufferfish", {"warmup": 0}, "warmup is a whole number above 0"),
-        ("pufferfish", {"share": 0}, "share is a number 0 < x <= 1"),
-        ("pufferfish", {"first": -1}, "first and last are whole numbers"),
-        ("cuttlefish", {"window": 0}, "window is a whole number above 0"),
-        ("dlrt", {"tolerance": 1.0}, "tolerance is a number 0 <= x < 1"),
-        ("lc", {"mu": 0.0}, "mu is above 0"),
-        ("lc", {"growth": 0.9}, "growth at least 1"),
-        ("lc", {"split": "rows"}, "split='rows'"),
+        ("trp", {"every": 0}, "every must be a whole number >= 1, got 0"),
+        ("trp", {"energy": 1.5}, "energy must be a number with 0 < x <= 1"),
+        ("nuclear", {"strength": -1.0}, "strength must be a number >= 0, got -1.0"),
+        ("nuclear", {"lr": "fast"}, "lr must be a number >= 0, got 'fast'"),
+        ("pufferfish", {"warmup": 0}, "warmup must be a whole number >= 1"),
+        ("pufferfish", {"share": 0}, "share must be a number with 0 < x <= 1"),
+        ("pufferfish", {"first": -1}, "first must be a whole number >= 0, got -1"),
+        ("cuttlefish", {"window": 0}, "window must be a whole number >= 1"),
+        ("dlrt", {"tolerance": 1.0}, "tolerance must be a number with 0 <= x < 1"),
+        ("lc", {"mu": 0.0}, "mu must be a number > 0"),
+        ("lc", {"growth": 0.9}, "growth must be a number >= 1, got 0.9"),
+        ("lc", {"split": "rows"}, "split must be 'channel' or 'spatial', got 'rows'"),
     ],
 )
 def test_bad_options(name, options, message):

@@ -4,15 +4,23 @@ import json
 
 import pytest
 import torch
+from cases_own import PairEmbedding, PairLinear
 from torch import nn
 
 import rankfold as rf
 from rankfold import hub
-from rankfold.layers import LowRankLinear, is_factorised
-from tests.cases_models import params, same_state, state
+from rankfold.errors import RankfoldError
+from rankfold.layers import LowRankLinear, is_factorised, registered
+from tests.cases_models import params, same_state, state, told
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers
+
+
+@pytest.fixture(autouse=True, scope="module")
+def transformers_know_rankfold():
+    hub.register()
+
 
 TOKENS = torch.randint(2, 60, (2, 7), generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -65,7 +73,7 @@ def made(name):
 def compressed(name, share=0.7, **options):
     """Every layer that can be replaced, at the same share of its parameters."""
     model, example = made(name)
-    small, plan = rf.compress(model, example=example, budget=rf.Budget(params=share), rule="uniform", **options)
+    small, plan = rf.compress(model, example=example, budget=rf.Budget(params=share), **told(**options, rule="uniform"))
     return model, small, plan, example
 
 
@@ -87,7 +95,9 @@ REPLACED = {
 def test_projections_are_replaced_and_the_model_is_not_changed(name):
     model, example = made(name)
     before = state(model)
-    small, plan = rf.compress(model, example=example, budget=rf.Budget(params=0.7), rule="uniform")
+    small, plan = rf.compress(
+        model, example=example, budget=rf.Budget(params=0.7), planning=rf.Planning(rule="uniform")
+    )
     same_state(model, before)
     assert params(small) == plan.params <= 0.7 * params(model)
     planned = {key for key, choice in plan.layers.items() if choice.method == "svd"}
@@ -124,6 +134,19 @@ def test_a_full_rank_generates_what_the_dense_model_does(name):
     small = rf.apply(model, rf.Plan(layers))
     torch.testing.assert_close(logits(small, example), logits(model, example), rtol=1e-3, atol=1e-4)
     assert torch.equal(small.generate(TOKENS, **GENERATE), model.generate(TOKENS, **GENERATE))
+
+
+def test_compressing_a_model_leaves_transformers_as_it_was(monkeypatch, tmp_path):
+    auto = pytest.importorskip("transformers.quantizers.auto")
+    tables = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
+    for known in tables:
+        monkeypatch.delitem(known, "rankfold")
+    _, small, _, example = compressed("bert")
+    small.save_pretrained(tmp_path)
+    assert not any("rankfold" in known for known in tables)
+    loaded = hub.from_pretrained(tmp_path)
+    assert all("rankfold" in known for known in tables)
+    torch.testing.assert_close(logits(loaded, example), logits(small, example), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -179,7 +202,11 @@ def test_compression_on_data_counts_the_tokens_that_the_mask_says(tmp_path):
         ]
         body = model.bert
         small, plan = rf.compress(
-            body, batches, budget=rf.Budget(params=0.7), mask="attention_mask", include="encoder.*"
+            body,
+            batches,
+            budget=rf.Budget(params=0.7),
+            include="encoder.*",
+            planning=rf.Planning(mask="attention_mask"),
         )
         smalls.append(small)
     assert plan.metric == "outputs"
@@ -330,3 +357,16 @@ def test_timms_attention_is_planned():
     small, plan = rf.compress(model, example=IMAGES, budget=rf.Budget(params=0.7))
     assert "blocks.0.attn.qkv" in plan.layers
     assert small(IMAGES).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_layers_of_ones_own_are_saved_and_loaded(name, tmp_path):
+    """Conv1D among them, and embeddings with a tied head."""
+    with registered(PairLinear, PairEmbedding):
+        _, small, _, example = compressed(name, methods="pair")
+        small.save_pretrained(tmp_path)
+        loaded = hub.from_pretrained(tmp_path)
+        assert any(type(module) is PairEmbedding for module in loaded.modules())
+        torch.testing.assert_close(logits(loaded.eval(), example), logits(small, example), rtol=0, atol=0)
+    with pytest.raises(RankfoldError, match="unknown method 'pair'.* registered with rankfold.layers.register"):
+        hub.from_pretrained(tmp_path)

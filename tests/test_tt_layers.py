@@ -242,7 +242,7 @@ BAD = [
     (lambda: TTLinear.from_dense(nn.Embedding(12, 4), rank=2), "nn.Linear"),
     (lambda: TTConv2d.from_dense(nn.Conv1d(4, 4, 1), rank=1), "nn.Conv2d"),
     (lambda: TTLinear.from_dense(nn.Linear(4, 4, device="meta"), rank=1), "meta device"),
-    (lambda: TTLinear.rank_grid(nn.Linear(4, 4), multiple=0), "multiple=0"),
+    (lambda: TTLinear.rank_grid(nn.Linear(4, 4), multiple=0), "multiple must be a whole number >= 1, got 0"),
 ]
 
 

@@ -155,14 +155,14 @@ def test_khatri_rao_and_blocked_gram():
 
 
 BAD = {
-    "rank 0": ((0, 2), {"modes": (0, 1)}, "rank of mode 0 0 is not between"),
-    "beyond full": ((2, 9), {"modes": (0, 1)}, "between 1 and the full rank 5"),
+    "rank 0": ((0, 2), {"modes": (0, 1)}, "rank of mode 0 must be a whole number >= 1, got 0; the full rank is 4"),
+    "beyond full": ((2, 9), {"modes": (0, 1)}, "must be at most the full rank 5, got 9"),
     "too few ranks": ((2, 2), {}, "3 ranks are needed"),
     "unknown mode": ((2,), {"modes": (3,)}, "do not exist"),
     "no mode": ((), {"modes": ()}, "do not exist"),
     "mode twice": ((2, 2), {"modes": (0, -3)}, "twice"),
-    "method": (2, {"method": "magic"}, "unknown"),
-    "iterations": (2, {"iterations": -1}, "0 or more"),
+    "method": (2, {"method": "magic"}, "method must be 'hooi' or 'hosvd', got 'magic'"),
+    "iterations": (2, {"iterations": -1}, "iterations must be a whole number >= 0, got -1"),
 }
 
 

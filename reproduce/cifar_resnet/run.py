@@ -124,9 +124,8 @@ def planned(run: Experiment, budget: float, method: str, rule: str) -> Row:
             budget=rf.Budget(macs=budget),
             stats=run.stats,
             methods=RULES[rule][method],
-            rule=rule.split(",")[0],
             exclude=("linear",) if rule == CLASSIFIER_KEPT else (),
-            seed=SEED,
+            planning=rf.Planning(rule=rule.split(",")[0], seed=SEED),
         )
     except rf.BudgetError as refusal:
         return {**row, "refused": str(refusal)}
@@ -135,9 +134,9 @@ def planned(run: Experiment, budget: float, method: str, rule: str) -> Row:
     seconds = {"plan": middle - start, "apply": time.perf_counter() - middle}
     return row | {
         "macs": plan.macs,
-        "macs_kept": plan.macs / plan.dense_macs,
+        "macs_kept": plan.macs / plan.dense.macs,
         "params": plan.params,
-        "params_kept": plan.params / plan.dense_params,
+        "params_kept": plan.params / plan.dense.params,
         "predicted": sum((choice.error or 0.0) ** 2 for choice in plan.layers.values()),
         "measured": sum(weight_errors(run.dense, small).values()),
         "used": dict(Counter(label(choice) for choice in plan.layers.values())),

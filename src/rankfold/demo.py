@@ -20,7 +20,7 @@ from rankfold._common import evaluating, track
 from rankfold.errors import RankfoldError, StoreError
 from rankfold.latency import Latency, time_models, using_threads
 from rankfold.pipeline import compress
-from rankfold.planning import Budget, Plan
+from rankfold.planning import Budget, Plan, Planning
 from rankfold.plots import plot_report
 from rankfold.reports import report
 from rankfold.stats import measure
@@ -39,7 +39,7 @@ TRAINED_ON, TESTED_ON = 1297, 500
 BATCH = 64
 HEADS = ("method", "params", "MACs", "one\nshot", "batch\nnorm", "tuned", "ms", "speed-up")
 LEGEND = (
-    "One shot: right after compression. Batch norm: statistics estimated anew. Tuned: trained with the "
+    "One shot: right after compression. Batch norm: statistics re-estimated. Tuned: trained with the "
     f"dense network as the teacher. Milliseconds for {BATCH} images; speed-up over dense with quartiles, one thread, "
     "timed side by side."
 )
@@ -189,9 +189,8 @@ def _trained(data: Digits, *, seed: int, epochs: int) -> nn.Module:
 
 
 def _tried(dense: nn.Module, data: Digits, name: str, budget: float, seed: int, recovery: int) -> _Tried:
-    small, plan = compress(
-        dense, example=data.test_images[:1], budget=Budget(params=budget), methods=METHODS[name], seed=seed
-    )
+    planning = Planning(methods=METHODS[name], seed=seed)
+    small, plan = compress(dense, example=data.test_images[:1], budget=Budget(params=budget), planning=planning)
     one_shot = data.accuracy(small)
     reestimate_batchnorm(small, data.loader(seed))
     estimated = data.accuracy(small)

@@ -25,6 +25,10 @@ class PlanError(RankfoldError):
     """A plan is malformed or does not fit the model it is applied to."""
 
 
+class MethodError(PlanError):
+    """A plan names a method that is not known: misspelt, or of a class that is not registered."""
+
+
 class BudgetError(RankfoldError):
     """A budget cannot be met; the message says what the closest reachable value is.
 

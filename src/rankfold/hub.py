@@ -1,4 +1,8 @@
-"""Compressed models of Hugging Face: loaded again by `from_pretrained`."""
+"""Load compressed Hugging Face models from the folders that their own `save_pretrained` wrote.
+
+`rankfold.hub.from_pretrained(folder)` loads one. To load them by the classes of transformers, call
+`rankfold.hub.register()` once per process, in the one that compressed the model too.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +23,13 @@ SHOWN = 5  # so many names of tensors that do not fit are put in an error
 def register() -> None:
     """Make transformers able to load models that Rankfold has compressed, until the process ends.
 
-    `compressed.save_pretrained(folder)` writes the plan into `config.json`. After `register`, every
-    `from_pretrained` of transformers reads it, builds the factorised layers and fills them. A process that
-    compresses such a model with Rankfold is registered already; one that only loads is not.
+    `compressed.save_pretrained(folder)` writes the plan into `config.json`. After `register`, every `from_pretrained`
+    of transformers reads it, builds the factorised layers and fills them. Nothing else in Rankfold but
+    `rankfold.hub.from_pretrained` calls it: compressing a model leaves transformers as it was.
 
-    Without it transformers warns of an unknown method of quantisation and of missing weights, and returns a dense
-    model with random ones. `rankfold.hub.from_pretrained` cannot return such a model.
+    Without it, in the process that compressed the model too, transformers warns of an unknown quantisation method and
+    of missing weights, and returns a dense model with random weights where there should be factors.
+    `rankfold.hub.from_pretrained` never returns such a model.
 
     Raises:
         RankfoldError: transformers is missing or too old.

@@ -87,7 +87,7 @@ def plot_plan(plan: Plan, path: str | Path) -> Path:
 
     def draw(figure: Figure) -> None:
         params, errors = figure.subplots(1, 2, sharey=True)
-        params.barh(range(len(names)), [choice.dense_params or 0 for choice in choices], color=FAINT, height=0.7)
+        params.barh(range(len(names)), [choice.dense.params or 0 for choice in choices], color=FAINT, height=0.7)
         _draw_bars(params, names, [choice.params or 0 for choice in choices], methods)
         params.set_title("Parameters kept, of those before")
         params.xaxis.set_major_formatter(lambda value, _: _short(value))

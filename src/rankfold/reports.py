@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from rankfold._common import atomic_path, device_of, evaluating, output_error
+from rankfold._common import atomic_path, device_of, evaluating, html_table, output_error
 from rankfold.errors import LayerError, PlanError, RankfoldError
 from rankfold.latency import Latency, Runtime, time_models
 from rankfold.layers import is_factorised, stock_twin
@@ -108,6 +109,17 @@ class Report:
         console.print(_conditions(self))
         return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
+    def __str__(self) -> str:
+        """Return the report as tables for a terminal."""
+        return self.to_text()
+
+    def _repr_html_(self) -> str:
+        """Return the report as tables for a notebook."""
+        tables = [
+            html_table(heads, lines, left=WORDS, caption=title) for title, (heads, lines) in _tables(self).items()
+        ]
+        return "".join([*tables, f"<p>{escape(_conditions(self))}</p>"])
+
     def to_markdown(self) -> str:
         """Return the report as Markdown."""
         parts = ["# Compression report"]
@@ -157,7 +169,7 @@ def report(  # noqa: PLR0913
     """Compare a compressed model with the dense one it came from.
 
     Latencies are measured side by side in interleaved rounds (see `rankfold.latency.time_models`). The error of the
-    small model's outputs, `|y' - y| / |y|`, is put beside what the plan predicted, which is meant for typical inputs:
+    small model's outputs, `|y' - y| / |y|`, is put next to what the plan predicted, which is meant for typical inputs:
     give a loader of those.
 
     Args:
@@ -215,7 +227,7 @@ def _check_names(plan: Plan, models: Mapping[str, nn.Module]) -> None:
 
 
 def _block_row(name: str, choice: Choice, models: Mapping[str, nn.Module], stats: Mapping[str, Stats]) -> LayerRow:
-    """Return the row of a layer that stands for a block: it has no weight to compare."""
+    """Return the row of a layer that replaced a block: it has no weight to compare."""
     blocks = [block_modules(model, name) for model in models.values()]
     params = [sum(map(count_params, block.values())) for block in blocks]
     first = name.partition(":")[0]
@@ -288,8 +300,8 @@ def _conditions_of(
         found["batch"] = stats["before"].batch_size
     for time in times.values():
         found |= {"runtime": time.runtime, "threads": time.threads, "rounds": len(time.seconds)}
-    if plan.latency and plan.dense_latency:
-        found["promised latency"] = f"{plan.latency / plan.dense_latency:.1%} of dense"
+    if plan.latency and plan.dense.latency:
+        found["promised latency"] = f"{plan.latency / plan.dense.latency:.1%} of dense"
     found["metric"] = plan.metric
     return MappingProxyType(found)
 

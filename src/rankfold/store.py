@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold._common import device_of, read_tensors, read_texts, write_tensors
-from rankfold.errors import PlanError, RankfoldError, StoreError
+from rankfold.errors import MethodError, PlanError, RankfoldError, StoreError
 from rankfold.layers import is_factorised
 from rankfold.planning import Choice, Plan, block_difference, is_block
 from rankfold.surgery import apply
@@ -132,6 +132,8 @@ def _plan(path: Path, texts: Mapping[str, str]) -> Plan:
         )
     try:
         return Plan.from_json(texts[PLAN])
+    except MethodError as problem:
+        raise StoreError(f"{os.fspath(path)}: {problem}") from problem
     except PlanError as problem:
         raise StoreError(f"{os.fspath(path)}: the plan in it is damaged: {problem}") from problem
 

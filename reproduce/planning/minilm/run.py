@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import rankfold as rf
+from rankfold.recalibration import Refitting
 from reproduce import datasets, harness
 from reproduce.harness import Row
 from reproduce.planning.minilm import drawing
@@ -98,10 +99,8 @@ class Experiment:
             budget=self.budget(ratio),
             stats=stats,
             methods="svd",
-            rule=rule.rule,
-            metric=rule.metric,
-            objective=rule.objective,
             include=LINEAR,
+            planning=rf.Planning(rule=rule.rule, metric=rule.metric, objective=rule.objective),
         )
         small = rf.apply(self.model, plan, stats=stats)
         row: Row = {"rule": name, "texts": texts, "ratio": ratio, "linear": linear_params(small), "error": plan.error}
@@ -117,7 +116,8 @@ class Experiment:
         def watch(done: Any) -> None:
             row.update(before=done.error_before, after=done.error_after)
 
-        options = {"mask": "attention_mask", "stats": self.stats(texts), "per_pass": PER_PASS, "damping": DAMPING}
+        refitting = Refitting(per_pass=PER_PASS, damping=DAMPING)
+        options: dict[str, Any] = {"mask": "attention_mask", "stats": self.stats(texts), "refitting": refitting}
         return rf.recalibrate(small, self.model, self.texts(texts).batches, watch=watch, **options)
 
     def budget(self, ratio: float) -> rf.Budget:

@@ -42,7 +42,12 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     found = rf.search(
-        dense, calibration, evaluate=evaluate, max_drop=MAX_DROP, resume=folder / "promise resnet20.json", seed=SEED
+        dense,
+        calibration,
+        evaluate=evaluate,
+        max_drop=MAX_DROP,
+        resume=folder / "promise resnet20.json",
+        planning=rf.Planning(seed=SEED),
     )
     seconds = time.perf_counter() - start
     print(found)
@@ -54,8 +59,8 @@ def main() -> None:
     row: Row = {
         "max_drop": MAX_DROP,
         "evaluations": 1 + len(found.steps),
-        "macs_kept": found.plan.macs / found.plan.dense_macs,
-        "params_kept": found.plan.params / found.plan.dense_params,
+        "macs_kept": found.plan.macs / found.plan.dense.macs,
+        "params_kept": found.plan.params / found.plan.dense.params,
         "seconds": seconds,
         "steps": [
             {"share": s.share, "value": s.value, "drop": s.drop, "error": s.error, "kept": s.kept} for s in found.steps

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rankfold as rf
-from rankfold.pipeline import calibrate
+from rankfold.pipeline import measure_damage
 from rankfold.planning import Candidates, candidates
 from rankfold.recalibration import recalibrate
 from reproduce import harness
@@ -92,13 +92,15 @@ class Study(Experiment):
             self.dense,
             quantities="macs",
             stats=self.stats,
-            methods=METHODS[setting.method],
-            rule=setting.rule,
-            metric=setting.metric,
-            objective="squares" if calibrated else setting.objective,
-            seed=SEED,
+            planning=rf.Planning(
+                methods=METHODS[setting.method],
+                rule=setting.rule,
+                metric=setting.metric,
+                objective="squares" if calibrated else setting.objective,
+                seed=SEED,
+            ),
         )
-        return calibrate(found, self.dense, self.calibration[:2], stats=self.stats) if calibrated else found
+        return measure_damage(found, self.dense, self.calibration[:2], stats=self.stats) if calibrated else found
 
     @torch.no_grad()
     def outputs(self, model: nn.Module) -> Tensor:
@@ -128,9 +130,9 @@ def untrained(run: Study, setting: Setting, budget: float, found: Candidates) ->
     small = rf.apply(run.dense, plan, stats=run.stats, seed=SEED)
     row |= {
         "macs": plan.macs,
-        "macs_kept": plan.macs / plan.dense_macs,
+        "macs_kept": plan.macs / plan.dense.macs,
         "params": plan.params,
-        "params_kept": plan.params / plan.dense_params,
+        "params_kept": plan.params / plan.dense.params,
         "predicted": plan.output_error,
         "used": dict(Counter(label(choice) for choice in plan.layers.values())),
         "seconds": {"apply": time.perf_counter() - start},

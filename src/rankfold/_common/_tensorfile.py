@@ -33,7 +33,7 @@ UNREADABLE = (SafetensorError, ValueError, TypeError, AttributeError, KeyError, 
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors and texts to `path`, atomically.
+    """Write tensors and texts to `path`, atomically; the same ones give the same bytes.
 
     Args:
         path: The file to write or to replace.
@@ -50,10 +50,23 @@ def write_tensors(
     try:
         with atomic_path(path) as unfinished:
             save_file(stored, unfinished, metadata=header)
+            _sort_texts(unfinished)
             with safe_open(unfinished, framework="pt"):  # fails unless every byte that the header names is there
                 pass
     except (OSError, SafetensorError, KeyError, AttributeError, ValueError) as problem:
         raise StoreError(f"{os.fspath(path)} cannot be written: {problem}") from problem
+
+
+def _sort_texts(path: Path) -> None:
+    """Put the texts of a header in order: safetensors writes them in another one each time, in as many bytes."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # what is left over is padded with spaces, as the format has it
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

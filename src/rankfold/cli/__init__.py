@@ -7,11 +7,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
-from typing import Annotated, ParamSpec
+from dataclasses import MISSING, fields
+from inspect import Parameter, Signature
+from typing import Annotated, Any, ParamSpec, get_type_hints
 
 import typer
 
+from rankfold import __version__
 from rankfold.cli import _commands
 from rankfold.errors import RankfoldError
 
@@ -48,6 +50,33 @@ def _clear_errors(function: Callable[P, None]) -> Callable[P, None]:
     return guarded
 
 
+def _with_options(function: Callable[[Any], None]) -> Callable[..., None]:
+    """Return the command with the fields of its one object as its parameters, where typer looks for options."""
+    (kind,) = (hint for name, hint in get_type_hints(function).items() if name != "return")
+    hints = get_type_hints(kind, include_extras=True)
+    options = [field for field in fields(kind) if field.name != "typed"]
+
+    def command(ctx: typer.Context, **given: Any) -> None:
+        sources = {name: ctx.get_parameter_source(name) for name in given}
+        typed = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+        function(kind(typed=frozenset(typed), **given))
+
+    wanted = [
+        Parameter(
+            field.name,
+            Parameter.KEYWORD_ONLY,
+            default=Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in options
+    ]
+    context = Parameter("ctx", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    command.__annotations__ = {"ctx": typer.Context} | {one.name: one.annotation for one in wanted}
+    command.__signature__ = Signature([context, *wanted])  # type: ignore[attr-defined]
+    return command
+
+
 for _command in (
     _commands.demo,
     _commands.measure,
@@ -57,12 +86,12 @@ for _command in (
     _commands.report,
     _commands.export,
 ):
-    app.command()(_clear_errors(_command))
+    app.command()(_clear_errors(_with_options(_command)))
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"rankfold {version('rankfold')}")
+        typer.echo(f"rankfold {__version__}")
         raise typer.Exit()
 
 

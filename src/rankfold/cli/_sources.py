@@ -1,4 +1,4 @@
-"""What the words of the command line stand for: models, weights, examples, data, functions."""
+"""What the words of the command line name: models, weights, examples, data, functions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONVERT = (
 
 
 class SourceError(RankfoldError):
-    """A word of the command line stands for nothing usable."""
+    """A word of the command line names nothing usable."""
 
 
 def function_of(spec: str) -> Callable[..., Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,37 +13,14 @@ from rich.live import Live
 from rich.table import Table
 from torch import Tensor, nn
 
-from rankfold.cli._sources import SourceError, fitting_input
-from rankfold.planning import Budget, Plan
+from rankfold.cli._options import TrainWords
+from rankfold.cli._sources import called, example_of, fitting_input
+from rankfold.planning import Plan
 from rankfold.ranks import energy
 from rankfold.train import Epoch, History, Recipe, SVDTraining, TrainingMethod, fit, svd_form
 
 KEEP = 0.99  # the share of the squared values whose rank is shown
 ROWS, BAR = 12, 24
-
-
-@dataclass(frozen=True)
-class Words:
-    """What `rankfold train --svd` says beside what `rankfold train` says."""
-
-    split: str
-    kind: str
-    sparsity: float
-    orthogonality: float
-    params: float | None
-    macs: float | None
-    energy: float | None
-    tune: int
-
-    def pruning(self, example: Any) -> dict[str, Any]:
-        """Return the arguments of `prune`."""
-        budgeted = self.params is not None or self.macs is not None
-        if budgeted == (self.energy is not None):
-            raise SourceError("say how far to prune: --macs 0.5, --params 0.5 or --energy 0.999")
-        if self.macs is not None and example is None:
-            raise SourceError("--macs needs --example 1,3,224,224: MACs depend on the input")
-        limit = {"energy": self.energy} if not budgeted else {"budget": Budget(params=self.params, macs=self.macs)}
-        return {**limit, "example": example}
 
 
 class RankView:
@@ -114,32 +90,20 @@ class Outcome:
     spectra: list[Mapping[str, Tensor]]
 
 
-def train_svd(  # noqa: PLR0913
-    dense: nn.Module,
-    load: Callable[[], Any],
-    words: Words,
-    *,
-    example: Any,
-    teacher: bool,
-    epochs: int,
-    lr: float,
-    evaluate: Callable[[nn.Module], float] | None,
-    checkpoint: Path | None,
-    seed: int,
-) -> Outcome:
+def train_svd(dense: nn.Module, o: TrainWords, evaluate: Callable[[nn.Module], float] | None) -> Outcome:
     """Train a dense model in SVD form, prune it and tune what is left."""
-    pruning = words.pruning(example)
-    form, _ = svd_form(dense, words.split)
-    run = SVDTraining(form, kind=words.kind, sparsity=words.sparsity, orthogonality=words.orthogonality)
-    taught: dict[str, Any] = {"teacher": dense if teacher else None, "lr": lr, "evaluate": evaluate}
-    with fitting_input(), RankView(run, epochs) as view:
-        recipe = Recipe(method=run, watch=view.watch, decay=0.0, seed=seed, checkpoint=checkpoint, progress=False)
-        trained = fit(form, load(), epochs=epochs, recipe=recipe, **taught)
+    pruning = o.pruning(None if o.example is None else example_of(o.example, "float32"))
+    form, _ = svd_form(dense, o.svd or "spatial")
+    run = SVDTraining(form, kind=o.kind, sparsity=o.sparsity, orthogonality=o.orthogonality)
+    taught: dict[str, Any] = {"teacher": dense if o.teacher else None, "lr": o.lr, "evaluate": evaluate}
+    with fitting_input(), RankView(run, o.epochs) as view:
+        recipe = Recipe(method=run, watch=view.watch, decay=0.0, seed=o.seed, checkpoint=o.checkpoint, progress=False)
+        trained = fit(form, called(o.data), epochs=o.epochs, recipe=recipe, **taught)
     small, plan = run.prune(**pruning)
-    if not words.tune:
+    if not o.tune:
         return Outcome(small, plan, trained, None, view.spectra)
-    path = None if checkpoint is None else checkpoint.with_name(f"{checkpoint.stem}.tuning{checkpoint.suffix}")
+    path = None if o.checkpoint is None else o.checkpoint.with_name(f"{o.checkpoint.stem}.tuning{o.checkpoint.suffix}")
     with fitting_input():
-        recipe = Recipe(seed=seed, checkpoint=path, keep_best=evaluate is not None)
-        tuned = fit(small, load(), epochs=words.tune, recipe=recipe, **taught)
+        recipe = Recipe(seed=o.seed, checkpoint=path, keep_best=evaluate is not None)
+        tuned = fit(small, called(o.data), epochs=o.tune, recipe=recipe, **taught)
     return Outcome(small, plan, trained, tuned, view.spectra)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankfold._common import check_dense
+from rankfold._common import check_dense, one_of, whole
 from rankfold.errors import DecompositionError
 
 Function = Callable[[Tensor], Tensor]
@@ -45,13 +45,9 @@ class Basis:
     element: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise DecompositionError(f"basis {self.kind!r} is not known: take one of {', '.join(sorted(KINDS))}")
-        if self.element and self.element not in ELEMENTS:
-            raise DecompositionError(f"element {self.element!r} is not known: take one of {', '.join(ELEMENTS)}")
-        least = KINDS[self.kind].least
-        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < least:
-            raise DecompositionError(f"size of a {self.kind} basis is an int >= {least}, not {self.size!r}")
+        one_of("basis", self.kind, sorted(KINDS), error=DecompositionError)
+        one_of("element", self.element, ("", *ELEMENTS), error=DecompositionError)
+        whole(f"size of a {self.kind} basis", self.size, KINDS[self.kind].least, error=DecompositionError)
 
     @property
     def columns(self) -> int:

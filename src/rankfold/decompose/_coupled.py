@@ -11,7 +11,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from rankfold._common import Float
+from rankfold._common import Float, one_of, real
 from rankfold.decompose._bases import Basis, Shapes, bent_knots, slopes_of, values_of
 from rankfold.decompose._coupled_model import (
     SOLVERS,
@@ -175,8 +175,8 @@ def coupled(  # noqa: PLR0913 (one keyword per choice of the algorithm)
     """
     problem = _problem(jacobians, values, inputs, rank, basis or Basis(), dtype)
     _check_names(starts, initial, solver, refine)
-    if weight is not None and (isinstance(weight, bool) or not 0 < weight < math.inf):
-        raise DecompositionError(f"weight is a number above 0 or None, not {weight!r}")
+    if weight is not None:
+        real("weight", weight, ends="()", error=DecompositionError, why=" (or leave it out)")
     begun = _begun(problem, rank, starts, initial, seed)
     if not begun:
         raise DecompositionError(f'rank {rank} is beyond the "algebraic" start here: add "cp" or "random" to starts')
@@ -216,8 +216,7 @@ def _check_names(starts: Sequence[str], initial: Neurons | None, solver: str, re
     if initial is not None and not isinstance(initial, Neurons):
         raise DecompositionError(f"initial must be Neurons, got {type(initial).__name__}")
     for what, name, table in (("solver", solver, SOLVERS), ("refine", refine, REFINEMENTS)):
-        if name not in table:
-            raise DecompositionError(f"{what}={name!r} is not known: take one of {', '.join(table)}")
+        one_of(what, name, table, error=DecompositionError)
 
 
 def _begun(problem: Problem, rank: int, starts: Sequence[str], initial: Neurons | None, seed: int) -> dict[str, State]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rankfold._common import check_dense
+from rankfold._common import check_dense, one_of
 from rankfold.decompose._bases import ELEMENTS, Shapes, quantile_knots
 from rankfold.decompose._coupled_model import Problem, State, coordinates, normalised
 from rankfold.decompose._cp import cp
@@ -38,8 +38,7 @@ class Neurons:
     def __post_init__(self) -> None:
         for name in ("left", "right", "offset"):
             check_dense(getattr(self, name), name)
-        if self.activation not in ELEMENTS:
-            raise DecompositionError(f"activation {self.activation!r} is not known: take one of {', '.join(ELEMENTS)}")
+        one_of("activation", self.activation, ELEMENTS, error=DecompositionError)
 
 
 def begin(problem: Problem, left: Tensor, right: Tensor) -> State:

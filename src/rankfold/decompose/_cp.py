@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankfold._common import real, whole
 from rankfold.decompose._cp_als import (
     Run,
     Split,
@@ -141,8 +142,8 @@ def cp_errors(  # noqa: PLR0913 (one keyword per choice of the algorithm)
         raise DecompositionError("an error curve needs at least one rank")
     for rank in ranks:
         check_rank(rank, full_cp_rank(tensor.shape))
-    if not (_is_count(iterations) and _is_count(anchors) and anchors > 1):
-        raise DecompositionError(f"iterations >= 1 and anchors >= 2 are needed, not {iterations!r} and {anchors!r}")
+    whole("iterations", iterations, error=DecompositionError)
+    whole("anchors", anchors, 2, error=DecompositionError)
     fits = {rank: run.trace[-1] for rank, run in fits_at(work, anchor_ranks(ranks, anchors), iterations, seed)}
     return monotone_curve(list(fits), list(fits.values()), ranks) if fits else [0.0] * len(ranks)
 
@@ -213,19 +214,13 @@ def _go_on(split: Split, run: Run, iterations: int, tolerance: float) -> Run:
     return Run(more.terms, run.trace + more.trace, more.converged)
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 def _check_options(iterations: int, starts: Sequence[str], initial: CP | None, max_degeneracy: float) -> None:
     """Raise DecompositionError for options that `cp` cannot use."""
-    if not _is_count(iterations):
-        raise DecompositionError(f"iterations is an int >= 1, not {iterations!r}")
+    whole("iterations", iterations, error=DecompositionError)
     unknown = [name for name in starts if name not in STARTS] if not isinstance(starts, str) else [starts]
     if unknown or (not starts and initial is None):
         raise DecompositionError(f"starts is a sequence of names out of {sorted(STARTS)}, not {starts!r}")
-    if not max_degeneracy >= 1:
-        raise DecompositionError(f"max_degeneracy is at least 1, not {max_degeneracy!r}")
+    real("max_degeneracy", max_degeneracy, 1, ends="[]", error=DecompositionError)
 
 
 def _initial_terms(initial: CP, work: Tensor, rank: int) -> Terms:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rankfold._common import Float, Rank
+from rankfold._common import Float, Rank, whole
 from rankfold.decompose._factors import TR
 from rankfold.decompose._svd import svd
 from rankfold.decompose._tt import tensor_train
@@ -72,8 +72,7 @@ def tensor_ring(
         ((2, 2, 2), 0.0)
     """
     work = working_copy(tensor, dtype)
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
-        raise DecompositionError(f"iterations is an int from 0, not {iterations!r}")
+    whole("iterations", iterations, 0, error=DecompositionError)
     check_tolerance(tolerance)
     scale = safe_scale(work)
     start = _ring_svd(work / scale, ring_bonds(work.shape, rank))

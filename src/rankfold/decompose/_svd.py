@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from rankfold._common import Float, check_dense
+from rankfold._common import Float, check_dense, one_of
 from rankfold.decompose._factors import SVD, fix_signs
 from rankfold.decompose._metric import check_definite, check_metric, check_moment, metric_spectrum, root_of, row_roots
 from rankfold.decompose._unfold import (
@@ -185,8 +185,7 @@ def _scaled(work: Tensor) -> tuple[Tensor, float]:
 
 
 def _check(matrix: Tensor, method: str) -> int:
-    if method != "auto" and method not in METHODS:
-        raise DecompositionError(f"method {method!r} is unknown: choose from {['auto', *METHODS]}")
+    one_of("method", method, ("auto", *METHODS), error=DecompositionError)
     check_dense(matrix, "matrix")
     if matrix.ndim != 2 or matrix.numel() == 0:
         hint = ": loop over the batch, or unfold the tensor" if matrix.ndim > 2 else ""

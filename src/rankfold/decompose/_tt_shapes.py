@@ -11,7 +11,7 @@ from operator import mul
 
 from torch import Tensor
 
-from rankfold._common import Rank, check_dense
+from rankfold._common import Rank, check_dense, whole
 from rankfold.decompose._unfold import check_rank
 from rankfold.errors import DecompositionError
 
@@ -125,8 +125,8 @@ def balanced_shape(n: int, order: int) -> tuple[int, ...]:
         >>> balanced_shape(4096, 4), balanced_shape(97, 2), balanced_shape(25088, 3)
         ((8, 8, 8, 8), (10, 10), (28, 28, 32))
     """
-    if n < 1 or order < 1:
-        raise DecompositionError(f"balanced_shape needs n >= 1 and order >= 1, not {n} and {order}")
+    whole("n", n, error=DecompositionError)
+    whole("order", order, error=DecompositionError)
     low = max(1, round(n ** (1 / order)))
     low -= low**order > n
     padded = next(shape for k in range(order + 1) if math.prod(shape := (low,) * (order - k) + (low + 1,) * k) >= n)

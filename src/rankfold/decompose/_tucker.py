@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rankfold._common import Float, check_dense
+from rankfold._common import Float, check_dense, one_of, whole
 from rankfold.decompose._factors import Tucker, fix_signs
 from rankfold.decompose._unfold import (
     check_rank,
@@ -86,10 +86,8 @@ def tucker(
     work = working_copy(tensor, torch.float32 if narrow and tensor.dtype != torch.float64 else dtype or torch.float64)
     chosen = _check_modes(work, modes)
     ranks = _check_ranks(work, rank, chosen)
-    if method not in METHODS:
-        raise DecompositionError(f"method {method!r} is unknown: choose from {list(METHODS)}")
-    if iterations < 0:
-        raise DecompositionError(f"iterations is 0 or more, not {iterations}")
+    one_of("method", method, METHODS, error=DecompositionError)
+    whole("iterations", iterations, 0, error=DecompositionError)
     sweeps = iterations if method == "hooi" else 0
     found = _decompose(work, chosen, ranks, torch.float32 if narrow else work.dtype, sweeps, tolerance)
     if narrow and found.error < TRUSTED:

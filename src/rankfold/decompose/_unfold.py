@@ -14,7 +14,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from rankfold._common import Float, check_dense
+from rankfold._common import Float, check_dense, real, whole
 from rankfold.errors import DecompositionError
 
 WORKING_DTYPES = (torch.float64, torch.float32)
@@ -67,18 +67,15 @@ def magnitude(tensor: Tensor) -> float:
 
 def check_rank(rank: object, limit: int, what: str = "rank") -> int:
     """Return a rank that is an int between 1 and `limit`; raise DecompositionError otherwise."""
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise DecompositionError(f"{what} is an int, not {rank!r}")
-    if not 1 <= rank <= limit:
-        raise DecompositionError(f"{what} {rank} is not between 1 and the full rank {limit}")
-    return rank
+    found = whole(what, rank, error=DecompositionError, why=f"; the full rank is {limit}")
+    if found > limit:
+        raise DecompositionError(f"{what} must be at most the full rank {limit}, got {found}")
+    return found
 
 
 def check_tolerance(tolerance: object) -> float:
     """Return a relative error between 0 (included) and 1; raise DecompositionError otherwise."""
-    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
-        raise DecompositionError(f"tolerance is a relative error with 0 <= tolerance < 1, not {tolerance!r}")
-    return float(tolerance)
+    return real("tolerance", tolerance, most=1, error=DecompositionError)
 
 
 def unfold(tensor: Tensor, mode: int) -> Float[Tensor, "dim rest"]:

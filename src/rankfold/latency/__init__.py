@@ -2,13 +2,14 @@
 
 from rankfold.latency._layers import time_layers
 from rankfold.latency._race import Latency, Timing, fastest_layout, steady_clock, time_models, using_threads
-from rankfold.latency._runtimes import RUNTIMES, Run, Runtime, eager, onnx_bytes, onnx_run, quiet_export
+from rankfold.latency._runtimes import RUNTIMES, Run, Runtime, RuntimeRow, eager, onnx_bytes, onnx_run, quiet_export
 
 __all__ = [
     "Latency",
     "RUNTIMES",
     "Run",
     "Runtime",
+    "RuntimeRow",
     "Timing",
     "eager",
     "fastest_layout",

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold._common import Rank, device_of, example_arguments, first_tensor, to_device, track
+from rankfold._common import device_of, example_arguments, first_tensor, to_device, track
 from rankfold.errors import DataError
 from rankfold.latency._cache import cache_file, cache_folder, read_cases, write_cases
 from rankfold.latency._race import Latency, Timing, steady_clock, time_models
-from rankfold.latency._runtimes import layer_runtime_of
+from rankfold.latency._runtimes import runtime_of
 from rankfold.layers import (
     FactorisedLayer,
+    Rank,
     is_channels_last,
     is_factorised,
     layer_class,
@@ -55,7 +56,6 @@ SAME = 0.02  # two times that differ by less are the same
 FEWEST = 4  # so many steps must lie within the ranks of a layer, or smaller steps are taken
 ROUNDS, ROUND_SECONDS = 9, 1.0
 WHOLE_ROUNDS, WHOLE_SECONDS = 15, 4.0
-BEHIND = {"onnxruntime": "onnxruntime"}  # runtimes of another library than torch
 LATE = "not timed: the {:g} s of timing were over (Timing(seconds=…))"
 
 Form = tuple[type[FactorisedLayer], dict[str, Any]]
@@ -99,6 +99,11 @@ class _Case:
         forms = [(cls.method, sorted(options.items())) for cls, options in self.forms]
         layout = "channels last" if is_channels_last(weight) else "contiguous"
         return f"{type(self.layer).__name__}({self.layer.extra_repr()}) {weight.dtype} {layout} {self.input} {forms}"
+
+    @property
+    def lasting(self) -> bool:
+        """Whether its times may be kept for other processes: a class of the user's may be another one by then."""
+        return all(cls.__module__.startswith("rankfold.") for cls, _ in self.forms)
 
     @property
     def kind(self) -> tuple[str, torch.dtype, bool]:
@@ -243,8 +248,9 @@ class _Table:
                     self._grains[case.kind] = self._grain(case)
                 self._times[case.key] = self._time(case)
         finally:  # also after Ctrl-C: the next run goes on from here
-            if self._file is not None and any(case.key in self._times for case in missing):
-                write_cases(self._file, self.setting, self._times)
+            passing = {case.key for case in cases if not case.lasting}
+            if self._file is not None and any(case.key in self._times for case in missing if case.lasting):
+                write_cases(self._file, self.setting, {k: v for k, v in self._times.items() if k not in passing})
         return late
 
     def layer_time(self, cases: Mapping[_Case, int]) -> LayerTime:
@@ -265,10 +271,10 @@ class _Table:
         return CallTime(min(times["dense"].seconds), 1, tuple(curves))
 
     def _grain(self, case: _Case) -> int:
-        """Return the largest step of ranks whose last rank is as fast as its first, on the first form with one rank."""
+        """Return the largest step of ranks whose last rank is as fast as its first, on the first form of two stages."""
         for cls, options in case.forms:
             full, grid = cls.full_rank(case.layer, **options), cls.rank_grid(case.layer, **options)
-            if isinstance(full, tuple) or cls.method != "svd":
+            if isinstance(full, tuple) or cls.stages is None:
                 continue
             base = min(LARGEST_BASE, max(map(_first, grid)) // 2 // max(GRAINS) * max(GRAINS))
             if base >= LEAST_BASE:
@@ -283,7 +289,7 @@ class _Table:
         return time_models(
             models,
             case.input.tensor(case.layer),
-            runtime=layer_runtime_of(self._timing.runtime),
+            runtime=runtime_of(self._timing.runtime).layer,
             threads=self._timing.threads,
             rounds=ROUNDS,
             seconds=ROUND_SECONDS,
@@ -358,7 +364,7 @@ def _setting(model: nn.Module, timing: Timing) -> Setting:
         device=device.type,
         hardware=_hardware(device),
         torch=torch.__version__,
-        library=_version(BEHIND[name]) if name in BEHIND else "",
+        library=_version(runtime_of(runtime).library),
     )
 
 
@@ -386,6 +392,6 @@ def _processor() -> str:
 
 def _version(package: str) -> str:
     try:
-        return version(package)
+        return version(package) if package else ""
     except PackageNotFoundError:
         return ""

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from rankfold._common import device_of, evaluating
+from rankfold._common import device_of, evaluating, real, whole
 from rankfold.errors import DataError
 from rankfold.latency._runtimes import Run, Runtime, runtime_of
 
@@ -52,7 +52,7 @@ class Timing:
 
     def __post_init__(self) -> None:
         runtime_of(self.runtime)
-        _check_positive({"threads": 1 if self.threads is None else self.threads, "seconds": self.seconds})
+        _check_limits(self.threads, self.seconds)
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def time_models(  # noqa: PLR0913
         (5, 1.0)
     """
     _check(models, threads, rounds, seconds)
-    prepare = runtime_of(runtime)
+    prepare = runtime_of(runtime).model
     with using_threads(threads), evaluating(*models.values()), torch.inference_mode():
         runs = {name: (prepare(model, example), device_of(model)) for name, model in models.items()}
         calls = {name: _calls_per_sample(run, device, clock) for name, (run, device) in runs.items()}
@@ -179,13 +179,14 @@ def time_models(  # noqa: PLR0913
 def _check(models: Mapping[str, nn.Module], threads: int | None, rounds: int, seconds: float) -> None:
     if not models:
         raise DataError("there is no model to time: pass a mapping from names to models")
-    _check_positive({"threads": 1 if threads is None else threads, "rounds": rounds, "seconds": seconds})
+    whole("rounds", rounds, error=DataError)
+    _check_limits(threads, seconds)
 
 
-def _check_positive(values: Mapping[str, float]) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise DataError(f"{name} is {value!r}: it must be positive")
+def _check_limits(threads: int | None, seconds: float) -> None:
+    if threads is not None:
+        whole("threads", threads, error=DataError)
+    real("seconds", seconds, ends="(]", error=DataError)
 
 
 def fastest_layout(

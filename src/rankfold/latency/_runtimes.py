@@ -1,4 +1,4 @@
-"""The closed table of runtimes: how a model is run, to time it or to check what an export wrote."""
+"""The table of runtimes: how models and layers are run, to time them or to check what an export wrote."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from rankfold._common import device_of, example_arguments, tensors_in, to_device
+from rankfold._common import device_of, example_arguments, one_of, tensors_in, to_device
 from rankfold.errors import DataError, ExportError
 
 Run: TypeAlias = Callable[[], Any]
@@ -21,7 +22,6 @@ Runtime: TypeAlias = Callable[[nn.Module, Any], Run]
 OPSET = 18
 LARGEST_ONNX = 2**31 - 1  # bytes of one protobuf message
 NEEDS_ONNX = "this needs the optional packages of ONNX: pip install 'rankfold[onnx]'"
-
 
 MACHINERY = r"(torch|onnx|onnxscript|onnx_ir)(\.|$)"
 STALE_WEIGHTS = r"The tensor attributes? .* assigned during export"  # recurrent layers tell themselves about a cache
@@ -114,31 +114,38 @@ def onnxruntime_layer(layer: nn.Module, example: Any) -> Run:
     return onnx_run(buffer.getvalue(), example)
 
 
-RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
-    {"eager": eager, "compile": compiled, "onnxruntime": onnxruntime_cpu}
-)
+@dataclass(frozen=True)
+class RuntimeRow:
+    """All that timing must know of one runtime.
+
+    Attributes:
+        model: prepares a whole model for an example and returns the function that is timed.
+        layer: the same for a single layer, of which there are many to prepare.
+        library: the package that does the work where torch does not: times of another version of it are measured
+            again.
+    """
+
+    model: Runtime
+    layer: Runtime
+    library: str = ""
 
 
-LAYER_RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
+RUNTIMES: Mapping[str, RuntimeRow] = MappingProxyType(
     {
-        "eager": eager,
+        "eager": RuntimeRow(eager, eager),
         # a layer alone holds nothing to fuse, and what is compiled calls the same kernels: seconds saved per layer
-        "compile": eager,
-        "onnxruntime": onnxruntime_layer,
+        "compile": RuntimeRow(compiled, eager),
+        "onnxruntime": RuntimeRow(onnxruntime_cpu, onnxruntime_layer, "onnxruntime"),
     }
 )
 
 
-def layer_runtime_of(runtime: str | Runtime) -> Runtime:
-    """Return how single layers are timed for a runtime: what many short measurements can afford."""
-    prepare = runtime_of(runtime)
-    return LAYER_RUNTIMES[runtime] if isinstance(runtime, str) else prepare
+def runtime_of(runtime: str | Runtime) -> RuntimeRow:
+    """Return the row of a runtime; a function prepares layers as it does whole models.
 
-
-def runtime_of(runtime: str | Runtime) -> Runtime:
-    """Return the runtime of that name; a function is returned as it is."""
+    Raises:
+        DataError: no runtime has this name.
+    """
     if callable(runtime):
-        return runtime
-    if runtime not in RUNTIMES:
-        raise DataError(f"there is no runtime {runtime!r}: choose from {', '.join(RUNTIMES)} or pass a function")
-    return RUNTIMES[runtime]
+        return RuntimeRow(runtime, runtime)
+    return RUNTIMES[one_of("runtime", runtime, RUNTIMES, other="a function (model, example) -> run", error=DataError)]

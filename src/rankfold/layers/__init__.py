@@ -2,13 +2,24 @@
 
 from rankfold.layers._attention import PROJECTIONS, SeparateAttention
 from rankfold.layers._build import is_channels_last
-from rankfold.layers._contract import Call, Cost, FactorisedLayer, Metric, Options, Spectrum
+from rankfold.layers._contract import Call, Cost, FactorisedLayer, Metric, Options, Rank, Spectrum, Stages
+from rankfold.layers._dense import DENSE_TYPES, DenseType, along_outputs, dense_type_of
 from rankfold.layers._embedding import LowRankEmbedding, TiedHead, head_macs
 from rankfold.layers._fan_in import FanIns, fan_ins
 from rankfold.layers._linear import LowRankLinear
-from rankfold.layers._refusal import factorisable, refusal, stock_twin, untwinned
-from rankfold.layers._rows import Rows, output_rows, row_size, rows_of
-from rankfold.layers._table import BLOCKS, TABLE, block_class, dense_cost, is_factorised, layer_class, methods_for
+from rankfold.layers._refusal import factorisable, hooks_of, refusal, stock_twin, untwinned
+from rankfold.layers._register import register, registered
+from rankfold.layers._rows import Rows, output_rows, output_size, row_size, rows_of
+from rankfold.layers._table import (
+    BLOCKS,
+    TABLE,
+    block_class,
+    dense_cost,
+    is_factorised,
+    layer_class,
+    methods_for,
+    tied_methods,
+)
 from rankfold.layers._unfolding import folded, unfolded
 from rankfold.layers.conv._conv_cp import CPConv1d, CPConv2d, CPConv3d
 from rankfold.layers.conv._conv_svd import LowRankConv1d, LowRankConv2d, LowRankConv3d
@@ -32,6 +43,8 @@ __all__ = [
     "CPConv3d",
     "Call",
     "Cost",
+    "DENSE_TYPES",
+    "DenseType",
     "FactorisedLayer",
     "FanIns",
     "FlexibleActivation",
@@ -49,6 +62,7 @@ __all__ = [
     "Metric",
     "Options",
     "PROJECTIONS",
+    "Rank",
     "Rows",
     "SVDConv1d",
     "SVDConv2d",
@@ -57,6 +71,7 @@ __all__ = [
     "SVDLinear",
     "SeparateAttention",
     "Spectrum",
+    "Stages",
     "TABLE",
     "TRLinear",
     "TTConv1d",
@@ -68,22 +83,29 @@ __all__ = [
     "TuckerConv1d",
     "TuckerConv2d",
     "TuckerConv3d",
+    "along_outputs",
     "block_class",
     "dense_cost",
+    "dense_type_of",
     "factorisable",
     "fan_ins",
     "folded",
     "head_macs",
+    "hooks_of",
     "is_channels_last",
     "is_factorised",
     "layer_class",
     "methods_for",
     "output_rows",
+    "output_size",
     "pointwise_twin",
     "refusal",
+    "register",
+    "registered",
     "row_size",
     "rows_of",
     "stock_twin",
+    "tied_methods",
     "unfolded",
     "untwinned",
 ]

@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from rankfold.errors import LayerError
 from rankfold.layers._build import Device, copy_
-from rankfold.layers._refusal import HOOKS, qualified_name
+from rankfold.layers._dense import qualified_name
+from rankfold.layers._refusal import hooks_of
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 _PACKED = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -243,7 +244,7 @@ def _additive(mask: Tensor, dtype: torch.dtype, added: int) -> Tensor:
 def _refusal(dense: nn.Module) -> str | None:
     if type(dense) is not nn.MultiheadAttention:
         return f"{qualified_name(dense)} is not nn.MultiheadAttention itself, and may compute something else"
-    if any(getattr(module, name) for module in (dense, dense.out_proj) for name in HOOKS):
+    if hooks_of(dense) or hooks_of(dense.out_proj):
         return "it has hooks, which see the module itself: remove them first"
     own = {name for name, _ in dense.named_parameters()}
     known = {"in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "out_proj.weight", "out_proj.bias", *_PACKED}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rankfold.errors import LayerError
 from rankfold.layers._contract import Rank
+from rankfold.layers._dense import dense_type_of
 
 Device = torch.device | str | int | None
 L = TypeVar("L", bound=nn.Module)
@@ -66,8 +67,9 @@ def laid_as(layer: L, kernels: Sequence[Tensor]) -> L:
     """Store the convolutions of a layer in the channels-last format if any of these kernels is."""
     if any(map(is_channels_last, kernels)):
         for stage in layer.modules():
-            if isinstance(stage, nn.Conv2d | nn.Conv3d):
-                stage.to(memory_format=CHANNELS_LAST[stage.weight.dim()])
+            row = dense_type_of(stage)
+            if row is not None and row.rows == "patches" and row.axes + 2 in CHANNELS_LAST:
+                stage.to(memory_format=CHANNELS_LAST[row.axes + 2])
     return layer
 
 

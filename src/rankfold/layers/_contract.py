@@ -8,16 +8,17 @@ from the dense layer, so that planning needs no knowledge of any method.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from rankfold._common import Rank as Rank
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Rank: TypeAlias = int | tuple[int, ...]
 Options: TypeAlias = Mapping[str, Any]
 
 
@@ -67,16 +68,55 @@ class Metric:
     rows: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Stages:
+    """That a layer is two stages, its submodules `down` and then `up`, whose product is its weight.
+
+    The rank is one int, the width between the stages. Of each group, one unfolding of the weight as a matrix is the
+    product of the weights of `up` and `down`, and every matrix of the rank is such a product: `from_dense` of a weight
+    of that rank reproduces it. From this follow, without a line of the class's own: steps of the rank for a budget on
+    latency; reduced-rank regression in a recalibration, or of `up` alone where memory is short; and, for a class that
+    factorises `nn.Embedding`, a head that is tied to it and shares both stages.
+
+    Attributes:
+        of_matrix: the options with which that unfolding is `weight.flatten(1)`, such as `{"split": "channel"}`; a layer
+            with another value of one of them unfolds its kernel otherwise.
+        plain: whether the layer computes `up(down(input))` and nothing else, from two stock layers: `down` without a
+            bias, `up` with the layer's bias.
+
+    Example:
+        >>> stages = Stages({"split": "channel"})
+        >>> stages.is_matrix({"split": "channel"}), stages.is_matrix({"split": "spatial"})
+        (True, False)
+    """
+
+    of_matrix: Options = field(default_factory=dict)
+    plain: bool = True
+
+    def is_matrix(self, options: Options) -> bool:
+        """Tell whether the product of the stages of a layer with these options is `weight.flatten(1)`."""
+        return all(options.get(name, value) == value for name, value in self.of_matrix.items())
+
+
 @runtime_checkable
 class FactorisedLayer(Protocol):
     """The contract; `dense` is always a stock layer of type `dense_type`.
 
     `options` are the keyword arguments beside `rank` that the constructor takes (`split`,
-    `separable`, `in_shape`, …); each class names its own, and an unknown one is a `TypeError`.
+    `separable`, `in_shape`, …); each class names its own, and an unknown one is a `TypeError`. A rank or an option that
+    does not fit is a `ValueError`, as every `RankfoldError` is. Besides the members below a layer has the attributes
+    of its dense twin (`in_features`, `stride`, …) and, where that has one, its `bias`: a parameter of this name, of its
+    own or of a stage. `rankfold.testing.check_layer` tries all of it.
+
+    Attributes:
+        method: the name of the method in plans and files, the same for all types of dense layers that it factorises.
+        dense_type: the type of the dense layer, a stock one of `rankfold.layers.DENSE_TYPES`.
+        stages: what is known of a layer that is two stages, `down` and `up`; None for any other form.
     """
 
     method: ClassVar[str]
     dense_type: ClassVar[type[nn.Module]]
+    stages: ClassVar[Stages | None]
 
     @property
     def rank(self) -> Rank:

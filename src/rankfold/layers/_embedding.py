@@ -180,10 +180,10 @@ class LowRankEmbedding(MatrixLayer):
 
 @final
 class TiedHead(nn.Module):
-    """The output layer tied to a `LowRankEmbedding`: `x @ embedding.weight.T + bias`, without building the table.
+    """The output layer tied to an embedding of two stages: `x @ embedding.weight.T + bias`, without building the table.
 
-    It shares the modules of the embedding, so training either one trains both.
-    `bias`: as in `LowRankEmbedding.tied_head`.
+    It shares the modules of the embedding, so training either one trains both. The embedding is a
+    `LowRankEmbedding`, or a layer of another class of `tied_methods`. `bias`: as in `LowRankEmbedding.tied_head`.
 
     Example:
         >>> embedding = LowRankEmbedding(100, 16, rank=4)
@@ -192,8 +192,10 @@ class TiedHead(nn.Module):
     """
 
     bias: nn.Parameter | None
+    down: nn.Embedding
+    up: nn.Linear
 
-    def __init__(self, embedding: LowRankEmbedding, bias: bool | Tensor = False) -> None:
+    def __init__(self, embedding: Any, bias: bool | Tensor = False) -> None:
         super().__init__()
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.down, self.up = embedding.down, embedding.up

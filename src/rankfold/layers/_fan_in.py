@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -11,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from rankfold.errors import LayerError
+from rankfold.layers._dense import DenseType, dense_type_of, stock_type
 from rankfold.layers._table import TABLE, is_factorised
 from rankfold.layers.svd_form._svd_form import SVDForm
 from rankfold.layers.tensor._structured import StructuredLinear
@@ -45,8 +45,8 @@ def fan_ins(layer: nn.Module) -> FanIns:
         raise LayerError(f"{type(layer).__name__} is no factorised layer: only those have factors with a fan-in each")
     twin: Any = layer
     rules = (rule for kind, rule in _FACTORS.items() if isinstance(layer, kind))
-    factors = next(rules, _of_stages)(twin)
-    return FanIns(_DENSE[twin.dense_type](twin), tuple(factors))
+    factors = next(rules, _of_itself if hasattr(layer, "fan_ins") else _of_stages)(twin)
+    return FanIns(_dense_fan_in(stock_type(twin.dense_type), twin), tuple(factors))
 
 
 Factors = Iterator[tuple[nn.Parameter, int]]
@@ -54,9 +54,28 @@ Factors = Iterator[tuple[nn.Parameter, int]]
 
 def _of_stages(layer: Any) -> Factors:
     """Yield the weights of a chain of stock layers; an output of a look-up is one value."""
+    within = {id(parameter) for stage in layer.children() for parameter in stage.parameters()}
+    lost = [name for name, parameter in layer.named_parameters() if id(parameter) not in within and name != "bias"]
+    stages = [stage for stage in layer.children() if dense_type_of(stage, subclasses=True) is None]
+    if lost or stages:
+        unknown = lost[0] if lost else type(stages[0]).__name__
+        raise LayerError(
+            f"the fan-in of {unknown} in a {type(layer).__name__} is not known: give the class a method fan_ins() that "
+            "returns each factor with the number of values that one of its outputs adds up"
+        )
     for stage in layer.children():
-        weight: nn.Parameter = stage.weight
-        yield weight, 1 if isinstance(stage, nn.Embedding) else math.prod(weight.shape[1:])
+        yield stage.weight, _dense_fan_in(dense_type_of(stage, subclasses=True), stage)
+
+
+def _of_itself(layer: Any) -> Factors:
+    """Yield what a layer says of its own factors."""
+    yield from layer.fan_ins()
+
+
+def _dense_fan_in(row: DenseType | None, layer: nn.Module) -> int:
+    if row is None or row.fan_in is None:
+        raise LayerError(f"{type(layer).__name__} is no layer whose fan-in is known")
+    return row.fan_in(layer)
 
 
 def _of_train(layer: Any) -> Factors:
@@ -91,10 +110,6 @@ def _of_svd_form(layer: Any) -> Factors:  # noqa: ARG001
     yield from ()
 
 
-def _of_conv(layer: Any) -> int:
-    return int(layer.in_channels // layer.groups * math.prod(layer.kernel_size))
-
-
 _FACTORS: Mapping[type[nn.Module], Callable[[Any], Factors]] = MappingProxyType(
     {
         TTLinear: _of_train,
@@ -102,12 +117,5 @@ _FACTORS: Mapping[type[nn.Module], Callable[[Any], Factors]] = MappingProxyType(
         TTConv: _of_train_conv,
         StructuredLinear: _of_structured,
         SVDForm: _of_svd_form,
-    }
-)
-_DENSE: Mapping[type[nn.Module], Callable[[Any], int]] = MappingProxyType(
-    {
-        nn.Linear: lambda layer: int(layer.in_features),
-        nn.Embedding: lambda layer: 1,  # noqa: ARG005
-        **dict.fromkeys({kind for kind, _ in TABLE} - {nn.Linear, nn.Embedding}, _of_conv),
     }
 )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rankfold.decompose import singular_values, svd
 from rankfold.layers._build import check_type, copy_, finite_weight
-from rankfold.layers._contract import Metric, Options, Rank, Spectrum
+from rankfold.layers._contract import Metric, Options, Rank, Spectrum, Stages
 from rankfold.layers._metric import group_metrics
 from rankfold.layers._ranks import CANDIDATES, break_even, check_rank, spread, tail_errors
 from rankfold.layers._twin import TwinLayer
@@ -20,6 +20,7 @@ class MatrixLayer(TwinLayer):
     """A layer whose weight is the product of two factors, `down` then `up`; the final classes say how it is applied."""
 
     method: ClassVar[str] = "svd"
+    stages: ClassVar[Stages | None] = Stages()
     up: nn.Linear
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rankfold.decompose import monotone_curve
 from rankfold.errors import LayerError
 from rankfold.layers._contract import Metric, Rank
+from rankfold.layers._dense import dense_type_of
 
 SLACK = 1e-6  # share of the largest mean square by which rounding may make a variance negative
 NOTHING = 1e-12  # share of the second moment below which a covariance is the rounding of constant inputs
@@ -52,10 +53,12 @@ def group_metrics(owner: type[nn.Module], dense: Any, metric: Metric | None) -> 
     """Return the metric of each group, None where there is none: not given, or nothing reaches the outputs in it.
 
     Raises:
-        LayerError: an embedding (but for its SVD, which a tied head may share), shapes that do not fit the layer, NaN
-            or Inf entries, what is no second moment.
+        LayerError: an embedding (but for one of two stages, which a tied head may share), shapes that do not fit the
+            layer, NaN or Inf entries, what is no second moment.
     """
-    if isinstance(dense, nn.Embedding) and metric is not None and getattr(owner, "method", "") != "svd":
+    row = dense_type_of(dense, subclasses=True)
+    tied = getattr(owner, "stages", None) is not None  # the metric is then that of the inputs of a tied head
+    if metric is not None and row is not None and row.rows == "none" and not tied:
         raise LayerError(f"{owner.__name__}: an embedding has no metric, its inputs are indices: use metric=None")
     groups = getattr(dense, "groups", 1)
     if metric is None:

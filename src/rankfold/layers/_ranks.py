@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
+from rankfold._common import whole
 from rankfold.errors import LayerError
 from rankfold.layers._contract import Rank
 
@@ -32,8 +33,7 @@ def check_rank(owner: str, rank: object, full: Rank) -> Rank:
 
 def spread(limit: int, multiple: int, count: int) -> tuple[int, ...]:
     """Return at most `count` multiples of `multiple`, up to `limit`, denser at the small end."""
-    if multiple < 1:
-        raise LayerError(f"multiple={multiple} is not a positive int; 1 allows every rank")
+    whole("multiple", multiple, error=LayerError, why="; 1 allows every rank")
     steps = limit // multiple
     if steps <= count:
         return tuple(multiple * k for k in range(1, steps + 1))

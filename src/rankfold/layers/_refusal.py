@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,32 +12,17 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from rankfold.errors import LayerError
+from rankfold.layers._dense import DENSE_TYPES, dense_type_of, qualified_name, stock_names
 
-STOCK_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
-UNSUPPORTED: Mapping[type[nn.Module], str] = {
-    nn.ConvTranspose1d: "transposed convolutions are not factorised: their kernel scatters, with in and out exchanged",
-    nn.ConvTranspose2d: "transposed convolutions are not factorised: their kernel scatters, with in and out exchanged",
-    nn.ConvTranspose3d: "transposed convolutions are not factorised: their kernel scatters, with in and out exchanged",
-    nn.EmbeddingBag: "nn.EmbeddingBag pools rows inside its own kernel, which a chain of layers cannot do",
-    nn.MultiheadAttention: "nn.MultiheadAttention and the fast path of nn.TransformerEncoderLayer read its packed "
-    "weights directly, without calling a layer: rankfold.separate_attention makes layers of them",
-}
-KINDS = (*STOCK_TYPES, *UNSUPPORTED)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-CONV1D = "transformers.pytorch_utils.Conv1D"
-
-
-def qualified_name(module: nn.Module) -> str:
-    """Return the module and the name of a module's class."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def is_quantised(module: nn.Module) -> bool:
     """Tell the quantised twins of torch: some derive from no stock layer."""
     path, name = type(module).__module__, type(module).__name__
     ours = path.startswith(("torch.ao.nn.", "torch.nn.quantized.")) and "PackedParams" not in name
-    return ours and any(kind.__name__ in name for kind in KINDS)
+    return ours and any(row.name in name for row in DENSE_TYPES if row.twin is None)
 
 
 def factorisable(module: nn.Module) -> bool:
@@ -47,7 +32,7 @@ def factorisable(module: nn.Module) -> bool:
         >>> [factorisable(m) for m in (nn.Linear(2, 2), nn.ConvTranspose1d(2, 2, 2), nn.ReLU())]
         [True, True, False]
     """
-    return isinstance(module, KINDS) or qualified_name(module) == CONV1D or is_quantised(module)
+    return dense_type_of(module, subclasses=True) is not None or is_quantised(module)
 
 
 def stock_twin(module: nn.Module) -> nn.Module:
@@ -60,10 +45,11 @@ def stock_twin(module: nn.Module) -> nn.Module:
         >>> stock_twin(layer) is layer
         True
     """
-    if type(module) in STOCK_TYPES:
+    row = dense_type_of(module)
+    if row is not None and row.stock:
         return module
-    if qualified_name(module) != CONV1D:
-        raise LayerError(f"{qualified_name(module)} has no stock twin; the stock layers are {_names(STOCK_TYPES)}")
+    if row is None or row.twin is None:
+        raise LayerError(f"{qualified_name(module)} has no stock twin; the stock layers are {stock_names()}")
     weight: Tensor = module.weight  # type: ignore[assignment]
     bias: Tensor = module.bias  # type: ignore[assignment]
     into, out = weight.shape
@@ -86,6 +72,11 @@ def untwinned(twin: nn.Module, kind: type[nn.Module]) -> nn.Module:
     return layer.train(twin.training)
 
 
+def hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    """Return the hooks of a module of its own: functions that see it, or its output, before or after a call."""
+    return tuple(hook for name in HOOKS for hook in getattr(module, name).values())
+
+
 def refusal(layer: nn.Module) -> str | None:
     """Return why a layer may not be replaced by a factorised one, or None where it may.
 
@@ -99,10 +90,6 @@ def refusal(layer: nn.Module) -> str | None:
         'its weight is torch.complex64, and only real floating-point weights are decomposed'
     """
     return next((reason for check in CHECKS if (reason := check(layer)) is not None), None)
-
-
-def _names(types: tuple[type[nn.Module], ...]) -> str:
-    return ", ".join(f"nn.{kind.__name__}" for kind in types)
 
 
 def _quantised(layer: nn.Module) -> str | None:
@@ -122,20 +109,21 @@ def _parametrised(layer: nn.Module) -> str | None:
 
 
 def _unsupported(layer: nn.Module) -> str | None:
-    return next((reason for kind, reason in UNSUPPORTED.items() if isinstance(layer, kind)), None)
+    row = dense_type_of(layer, subclasses=True)
+    return row.refused or None if row is not None else None
 
 
 def _not_stock(layer: nn.Module) -> str | None:
-    if type(layer) in STOCK_TYPES or qualified_name(layer) == CONV1D:
+    if dense_type_of(layer) is not None:
         return None
-    base = next((kind for kind in STOCK_TYPES if isinstance(layer, kind)), None)
+    base = dense_type_of(layer, subclasses=True)
     if base is None:
         return f"{qualified_name(layer)} is no layer that is factorised"
-    return f"{qualified_name(layer)} is a subclass of nn.{base.__name__}, and may compute or read something else"
+    return f"{qualified_name(layer)} is a subclass of nn.{base.name}, and may compute or read something else"
 
 
 def _hooked(layer: nn.Module) -> str | None:
-    hooks = [hook for name in HOOKS for hook in getattr(layer, name).values()]
+    hooks = hooks_of(layer)
     if hooks:
         names = ", ".join(sorted({getattr(hook, "__name__", type(hook).__name__) for hook in hooks}))
         return f"it has hooks, which see the layer itself ({names}): remove them first"

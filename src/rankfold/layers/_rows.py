@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.layers._refusal import CONV1D, STOCK_TYPES, qualified_name
+from rankfold.layers._dense import DenseType, dense_type_of, stock_type
 from rankfold.layers._table import is_factorised
 from rankfold.layers.conv._conv import ConvShape, padded
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Below float32 neither padding nor products of long rows are safe.
 WIDER: Mapping[torch.dtype, torch.dtype] = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
@@ -40,20 +39,31 @@ def row_size(layer: nn.Module) -> tuple[int, int] | None:
         >>> row_size(nn.Linear(3, 4)), row_size(nn.Conv2d(4, 6, 3, groups=2)), row_size(nn.Embedding(3, 4))
         ((1, 3), (2, 18), None)
     """
-    kind = _dense_kind(layer)
-    known: Any = layer
-    if kind in CONVOLUTIONS:
-        shape = ConvShape.of(layer)
-        return shape.groups, shape.fan_in
-    if kind is nn.Linear:
-        return 1, int(known.in_features)
-    return (1, int(known.weight.shape[0])) if qualified_name(layer) == CONV1D else None
+    row = _dense_type(layer)
+    if row is None or row.rows == "none" or row.fan_in is None:
+        return None
+    return int(getattr(layer, "groups", 1)), row.fan_in(layer)
 
 
-def _dense_kind(layer: nn.Module) -> type[nn.Module] | None:
-    """Return which stock layer a layer is or stands in for."""
-    kind: type[nn.Module] = layer.dense_type if is_factorised(layer) else type(layer)  # type: ignore[assignment]
-    return kind if kind in STOCK_TYPES else None
+def output_size(layer: nn.Module) -> int:
+    """Return how many outputs a layer has, stock or factorised; 0 for a kind that `row_size` does not know.
+
+    Example:
+        >>> output_size(nn.Linear(3, 4)), output_size(nn.Conv2d(4, 6, 3, groups=2)), output_size(nn.ReLU())
+        (4, 6, 0)
+    """
+    row = _dense_type(layer)
+    return 0 if row is None or row.rows == "none" else int(getattr(layer, row.outputs))
+
+
+def _dense_type(layer: Any) -> DenseType | None:
+    """Return which dense layer a layer is or stands in for."""
+    return stock_type(layer.dense_type) if is_factorised(layer) else dense_type_of(layer)
+
+
+def _takes_patches(layer: nn.Module) -> bool:
+    row = _dense_type(layer)
+    return row is not None and row.rows == "patches"
 
 
 def rows_of(
@@ -76,7 +86,7 @@ def rows_of(
     """
     wide = WIDER.get(source.dtype, source.dtype)
     source, output = source.detach().to(wide), output.detach().to(WIDER.get(output.dtype, output.dtype))
-    if _dense_kind(layer) in CONVOLUTIONS:
+    if _takes_patches(layer):
         return _patch_rows(ConvShape.of(layer), source, output, patches, seed)
     inputs, outputs = source.reshape(-1, source.shape[-1]), output.reshape(-1, output.shape[-1])
     chosen = _chosen_by(mask, source)
@@ -92,7 +102,7 @@ def output_rows(layer: nn.Module, values: Tensor, mask: Tensor | None = None) ->
         >>> output_rows(nn.Conv1d(2, 3, 1), torch.ones(4, 3, 5)).shape
         torch.Size([20, 3])
     """
-    if _dense_kind(layer) in CONVOLUTIONS:
+    if _takes_patches(layer):
         channels = values.dim() - len(layer.kernel_size) - 1  # type: ignore[arg-type]
         return values.movedim(channels, -1).reshape(-1, values.shape[channels])
     chosen = _chosen_by(mask, values)

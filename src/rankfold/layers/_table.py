@@ -1,19 +1,19 @@
-"""The closed table (type of dense layer, method) -> factorised layer, and what is asked of any layer through it."""
+"""The table (type of dense layer, method) -> factorised layer, and what is asked of any layer through it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from rankfold.errors import LayerError
 from rankfold.layers._contract import Call, Cost, FactorisedLayer
+from rankfold.layers._dense import dense_type_of
 from rankfold.layers._embedding import LowRankEmbedding
 from rankfold.layers._linear import LowRankLinear
-from rankfold.layers._refusal import CONV1D, is_quantised, qualified_name
+from rankfold.layers._refusal import is_quantised
 from rankfold.layers.conv._conv_cp import CPConv1d, CPConv2d, CPConv3d
 from rankfold.layers.conv._conv_svd import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from rankfold.layers.conv._conv_tucker import TuckerConv1d, TuckerConv2d, TuckerConv3d
@@ -38,21 +38,22 @@ _CLASSES: tuple[Any, ...] = (  # each takes options of its own, where the contra
     *(BTTLinear, KroneckerLinear, TRLinear),
     *(SVDLinear, SVDConv1d, SVDConv2d, SVDConv3d),
 )
-TABLE: Mapping[tuple[type[nn.Module], str], type[FactorisedLayer]] = MappingProxyType(
-    {(layer.dense_type, layer.method): layer for layer in _CLASSES}
-)
+ENTRIES: dict[tuple[type[nn.Module], str], type[FactorisedLayer]] = {
+    (layer.dense_type, layer.method): layer for layer in _CLASSES
+}
+"""What `TABLE` shows. `register` alone adds to it."""
+TABLE: Mapping[tuple[type[nn.Module], str], type[FactorisedLayer]] = MappingProxyType(ENTRIES)
+"""(Type of dense layer, method) -> factorised layer, those of the user's own among them."""
 _FLEXIBLE: tuple[type[FlexibleLayer], ...] = (FlexibleLinear, FlexibleConv1d, FlexibleConv2d, FlexibleConv3d)
 BLOCKS: Mapping[tuple[type[nn.Module], str], type[FlexibleLayer]] = MappingProxyType(
     {(layer.dense_type, layer.method): layer for layer in _FLEXIBLE}
 )
 """(Type of dense layer, method) -> layer that stands for several of these in a row, and not for one."""
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_LOOK_UPS = (nn.Embedding, nn.EmbeddingBag)
 
 
 def _stock_type(layer: nn.Module) -> type[nn.Module]:
-    return nn.Linear if qualified_name(layer) == CONV1D else type(layer)
+    row = dense_type_of(layer)
+    return type(layer) if row is None or row.twin is None else row.twin
 
 
 def methods_for(layer: nn.Module) -> tuple[str, ...]:
@@ -83,6 +84,17 @@ def layer_class(layer: nn.Module, method: str) -> type[FactorisedLayer]:
     return found
 
 
+def tied_methods() -> tuple[str, ...]:
+    """Return the methods whose two stages of an `nn.Embedding` serve the linear layer that has its very weight, too.
+
+    Example:
+        >>> tied_methods()
+        ('svd',)
+    """
+    tables = ((method, cls.stages) for (kind, method), cls in TABLE.items() if kind is nn.Embedding)
+    return tuple(method for method, stages in tables if stages is not None and stages.plain)
+
+
 def block_class(first: nn.Module, last: nn.Module, method: str) -> type[FlexibleLayer]:
     """Return the class of the layer that may stand for a block by its first and last layer, or raise a `LayerError`.
 
@@ -101,11 +113,17 @@ def block_class(first: nn.Module, last: nn.Module, method: str) -> type[Flexible
 def is_factorised(module: nn.Module) -> bool:
     """Tell whether a module is one of the factorised layers, its factors as they were built: not quantised, say.
 
+    A layer of a user's class is one from the time that the class is registered.
+
     Example:
         >>> is_factorised(LowRankLinear(4, 4, rank=1)), is_factorised(nn.Linear(4, 4))
         (True, False)
     """
-    return _own_type(module) in _CLASSES and not any(map(is_quantised, module.children()))
+    kind: Any = _own_type(module)
+    method, dense_type = getattr(kind, "method", None), getattr(kind, "dense_type", None)
+    if not isinstance(method, str) or not isinstance(dense_type, type) or TABLE.get((dense_type, method)) is not kind:
+        return False
+    return not any(map(is_quantised, module.children()))
 
 
 def _own_type(module: nn.Module) -> type[nn.Module]:
@@ -125,18 +143,7 @@ def dense_cost(layer: nn.Module, calls: Sequence[Call]) -> Cost:
         Cost(params=224, macs=27648)
     """
     params = sum(parameter.numel() for parameter in layer.parameters())
-    return Cost(params, sum(_dense_macs(layer, call) for call in calls))
-
-
-def _dense_macs(layer: Any, call: Call) -> int:
-    weight: Tensor = layer.weight
-    if isinstance(layer, _LOOK_UPS):
-        return 0
-    if isinstance(layer, _CONVOLUTIONS + _TRANSPOSED):
-        axes = len(layer.kernel_size)
-        # a convolution uses its whole kernel at each point of the output, a transposed one at each of the input
-        size, channels = (call.input, -axes - 1) if isinstance(layer, _TRANSPOSED) else (call.output, -axes - 1)
-        return math.prod(size[:channels]) * math.prod(size[channels + 1 :]) * weight.numel()
-    if isinstance(layer, nn.Linear) or qualified_name(layer) == CONV1D:
-        return math.prod(call.input[:-1]) * weight.numel()
-    raise LayerError(f"the cost of {type(layer).__name__} does not follow from its shape alone")
+    row = dense_type_of(layer, subclasses=True)
+    if row is None or row.macs is None:
+        raise LayerError(f"the cost of {type(layer).__name__} does not follow from its shape alone")
+    return Cost(params, sum(row.macs(layer, call) for call in calls))

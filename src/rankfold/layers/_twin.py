@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rankfold.layers._build import Device, check_type, hollow, named, seeded
-from rankfold.layers._contract import Options, Rank
+from rankfold.layers._contract import Options, Rank, Stages
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -20,6 +20,7 @@ class TwinLayer(nn.Module):
     """A layer modelled on a dense one; the subclasses say with which arguments and which values."""
 
     dense_type: ClassVar[type[nn.Module]]
+    stages: ClassVar[Stages | None] = None
 
     @property
     @abstractmethod

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from rankfold._common import one_of
 from rankfold.errors import LayerError
 from rankfold.layers.conv._conv import axis_parts
 
@@ -14,8 +15,7 @@ SPLITS = ("channel", "spatial")
 
 def axes_of(kernel_size: tuple[int, ...], split: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the axes of the kernel that the first and the second convolution carry."""
-    if split not in SPLITS:
-        raise LayerError(f"split={split!r} is not known; take one of {SPLITS}")
+    one_of("split", split, SPLITS, error=LayerError)
     if split == "channel":
         return tuple(range(len(kernel_size))), ()
     if len(kernel_size) == 1:

@@ -21,7 +21,7 @@ from rankfold.surgery import apply, replace_block
 POINTS = (0.15, 0.4)  # errors of a layer at which the model is tried
 
 
-def calibrate(
+def measure_damage(
     found: Candidates,
     model: nn.Module,
     loader: Iterable[Any],
@@ -29,23 +29,21 @@ def calibrate(
     stats: Stats | None = None,
     points: Sequence[float] = POINTS,
     batches: int | None = None,
-    seed: int = 0,
 ) -> Candidates:
     """Return candidates whose damage is measured: the squared error of the model's outputs with one layer changed.
 
     Each layer alone is replaced by its choices whose errors are nearest to the points, and the outputs are compared
     with the dense model's. Between the points the damage follows a power of the layer's error, before the first its
     square. Sums of these damages then are in one unit for all layers, whatever stands behind them. A layer that could
-    stand for a block is put in its place, and what that does is its damage.
+    replace a block is put in its place, and what that does is its damage.
 
     Args:
         found: candidates with errors, from `rankfold.planning.candidates`.
         model: the model that they are of; it is not changed.
-        loader: batches as in `measure`; a hundred or two typical inputs are enough.
+        loader: one or two hundred typical inputs, in batches: tensors, tuples with the inputs first, or mappings.
         stats: what the candidates were made from, where their metric is of anything but the weights.
         points: relative errors of a layer, each > 0; one pass over the batches for each layer and point.
         batches: how many batches to read at most; all of them if None.
-        seed: seed of the decompositions; that of `candidates` gives their errors.
 
     Raises:
         PlanError: candidates of a rule that looks at no error, or points that are no positive errors.
@@ -54,7 +52,7 @@ def calibrate(
     Example:
         >>> import torch, rankfold
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 16))
-        >>> found = calibrate(rankfold.planning.candidates(model), model, [torch.randn(64, 16)])
+        >>> found = measure_damage(rankfold.planning.candidates(model), model, [torch.randn(64, 16)])
         >>> found.plan(rankfold.Budget(params=0.7)).objective
         'calibrated'
     """
@@ -68,7 +66,7 @@ def calibrate(
     layers = {}
     for name, choices in track(found.layers.items(), "Measuring layers", total=len(found.layers)):
         tried = _nearest(choices, points)
-        measured = [_tried(model, name, choice, found.whole.metric, stats, data, seed) for _, choice in tried]
+        measured = [_tried(model, name, choice, found.whole, stats, data) for _, choice in tried]
         layers[name] = _on_curve(choices, [error for error, _ in tried], measured)
     blocks = {name: _measured_block(model, name, contest, data) for name, contest in found.blocks.items()}
     return replace(found, layers=layers, blocks=blocks, whole=replace(found.whole, objective=CALIBRATED))
@@ -83,10 +81,8 @@ def _nearest(choices: Sequence[Choice], points: Sequence[float]) -> list[tuple[f
     return [(error, by_error[error]) for error in sorted(nearest)]
 
 
-def _tried(
-    model: nn.Module, name: str, choice: Choice, metric: str, stats: Stats | None, data: list[Any], seed: int
-) -> float:
-    small = apply(model, Plan({name: choice}, metric=metric), stats=stats, seed=seed)
+def _tried(model: nn.Module, name: str, choice: Choice, whole: Plan, stats: Stats | None, data: list[Any]) -> float:
+    small = apply(model, replace(whole, layers={name: choice}), stats=stats)
     return _compared(model, small, name, choice, data)
 
 

@@ -1,4 +1,4 @@
-"""Keep the promise of a latency: time the whole model that a plan makes, and plan anew where the sum was wrong."""
+"""Keep the promise of a latency: time the whole model that a plan makes, and plan again where the sum was wrong."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from rankfold.errors import BudgetError, PlanError
 from rankfold.latency import Timing, steady_clock, time_models
-from rankfold.planning import Budget, Candidates, Measured, Plan, excess, refusal
+from rankfold.planning import Budget, Candidates, Measured, Plan, budget_error, excess
 from rankfold.surgery import apply
 
 TRIES = 4
@@ -26,8 +26,8 @@ def plan_in_time(
     """Return a plan whose latency was measured to be within the budget.
 
     The sum over layers is a promise: layers run in other company than alone. The model of the first plan is built with
-    random weights and timed beside the dense one. Where it saves another time than promised, all times of layers are
-    scaled by the ratio of the two, or by what lies between two plans on either side, and the plan is made anew, three
+    random weights and timed next to the dense one. Where it saves more or less than promised, all times of layers are
+    scaled by the ratio of the two, or by what lies between two plans on either side, and the plan is made again, three
     times at most. Where the layers can't promise the budget, the plan that comes closest is timed in the same way
     before it is given up. Of the plans that keep the budget the one of least error is returned, with what was promised
     (`latency`) and what was measured (`measured`).
@@ -69,14 +69,14 @@ def plan_in_time(
     kept = [plan for plan in tried if _kept(plan) <= min(1.0, TOLERATED * budget.latency)]
     if kept:
         return min(kept, key=lambda plan: -_kept(plan) if plan.error is None else plan.error)
-    raise refusal(min(tried, key=_kept), candidates.rule.name) if tried or not refused else refused
+    raise budget_error(min(tried, key=_kept), candidates.rule.name) if tried or not refused else refused
 
 
 def _closest(candidates: Candidates, budget: Budget, cheapest: Plan | None) -> Plan:
     """Return the best plan within a hair of the least latency that the layers can promise, or else the dense one."""
     if cheapest is None or cheapest.latency is None or excess(cheapest) != {"latency"}:
         return candidates.whole
-    share = min(1.0, LATE * cheapest.latency / (cheapest.dense_latency or 1.0))
+    share = min(1.0, LATE * cheapest.latency / (cheapest.dense.latency or 1.0))
     return replace(candidates.plan(replace(budget, latency=share)), budget=budget)
 
 
@@ -102,11 +102,11 @@ def _kept(plan: Plan) -> float:
 
 def _promised(plan: Plan) -> float:
     """Return the share of the dense time that the layers of a plan promise to save."""
-    return 1 - (plan.latency or 0.0) / (plan.dense_latency or 1.0)
+    return 1 - (plan.latency or 0.0) / (plan.dense.latency or 1.0)
 
 
 def _correction(savings: Sequence[tuple[float, float]], wanted: float) -> float:
-    """Return the factor on the times of the layers with which a plan that promises to save so much will save it.
+    """Return the factor on the times of the layers with which a plan saves as much as it promises.
 
     The savings promised and measured of the plans so far: between the nearest two on either side of what is wanted the
     truth is taken to be a straight line, and beyond all of them to be proportional to the last.

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold._common import atomic_path, evaluating, track
+from rankfold._common import atomic_path, evaluating, one_of, real, track, whole
 from rankfold.errors import BudgetError, PlanError, StoreError
-from rankfold.latency import Timing
+from rankfold.pipeline._build import build
+from rankfold.pipeline._plan import planner
 from rankfold.pipeline._scores import Score, monotone, standard_error
-from rankfold.pipeline._steps import AUTO, Builder, Data, planner, solved_blocks
-from rankfold.planning import QUANTITIES, Blocks, Budget, Plan, Select
+from rankfold.pipeline._work import Data, Work, work_for_planning
+from rankfold.planning import QUANTITIES, Budget, Plan, Planning, Quantity
 from rankfold.stats import Stats
 
 EVALUATIONS = 12
@@ -83,34 +84,20 @@ class SearchResult:
         return "\n".join(lines)
 
 
-def search(  # noqa: PLR0913
+def search(  # noqa: PLR0913 (twelve at most)
     model: nn.Module,
     loader: Iterable[Any] | None = None,
     *,
     evaluate: Evaluate,
     max_drop: float,
-    quantity: str = "macs",
+    quantity: Quantity = "macs",
     evaluations: int = EVALUATIONS,
     margin: float = 1.0,
     resume: str | os.PathLike[str] | None = None,
     example: Any = None,
     stats: Stats | None = None,
-    methods: str | Sequence[str] = ("svd", "tucker"),
-    rule: str | Select = "optimal",
-    metric: str = "auto",
-    objective: str = AUTO,
-    include: str | Sequence[str] = (),
-    exclude: str | Sequence[str] = (),
-    multiple: int = 1,
-    recalibrate: bool = True,
-    batchnorm: bool = True,
-    batches: int | None = None,
-    mask: Any = None,
-    loss: Callable[[Any, Any], Any] | None = None,
-    timing: Timing | None = None,
-    seed: int = 0,
+    planning: Planning | None = None,
     executor: Executor | None = None,
-    blocks: str | Sequence[str] | Blocks = (),
 ) -> SearchResult:
     """Find the smallest model whose score is at most `max_drop` below the dense model's.
 
@@ -127,7 +114,7 @@ def search(  # noqa: PLR0913
 
     Args:
         model: any module; it is not changed.
-        loader: as in `compress`.
+        loader: an iterable of batches, a few hundred typical inputs, to plan and build with, as `compress` does.
         evaluate: a function of a model to its score, higher being better: a number; a pair of the mean and the count
             of rights and wrongs; or, best, a vector with the score of every sample, in the same order each time. The
             model is in eval mode, without gradients. The dense model is evaluated first.
@@ -138,29 +125,17 @@ def search(  # noqa: PLR0913
             promise keep it on other data; at 0 the score is taken at its word.
         resume: a file that all scores are written to; those of the same model and the same plans that it has already
             are not evaluated again. The loader must yield the same data for the plans to be the same.
-        example: as in `compress`.
-        stats: as in `compress`.
-        methods: as in `plan`.
-        rule: as in `plan`.
-        metric: as in `plan`.
-        objective: as in `compress`.
-        include: as in `plan`.
-        exclude: as in `plan`.
-        multiple: as in `plan`.
-        recalibrate: as in `compress`.
-        batchnorm: as in `compress`.
-        batches: as in `compress`.
-        mask: as in `compress`.
-        loss: as in `compress`.
-        timing: as in `compress`.
-        seed: as in `compress`.
-        executor: as in `compress`.
-        blocks: as in `compress`.
+        example: instead of a loader, the arguments of one call, from which only shapes are taken. Besides a loader it
+            is what latency is measured on, instead of the loader's first batch.
+        stats: what `measure` found before; it is then not measured again. For quantity "latency" with times from
+            `rankfold.latency.time_layers`, the runtime and the threads of those are taken.
+        planning: methods, rule, metric, objective and the other options; by default `Planning()`.
+        executor: decompose layers in parallel in this executor's workers; the result is the same.
 
     Raises:
         BudgetError: no model that was tried keeps the promise; says which came closest. Or there are too few samples
             to show that one does.
-        DataError: `evaluate` returned NaN or something else than a score.
+        DataError: `evaluate` returned NaN, or no score.
         StoreError: `resume` is another file, or of another model.
 
     Example:
@@ -171,23 +146,19 @@ def search(  # noqa: PLR0913
         >>> def score(model):
         ...     return -float((model(x).detach() - y).norm() / y.norm())
         >>> found = rf.search(net, example=x, evaluate=score, max_drop=0.6)
-        >>> len(found.steps) < 12, score(found.model) >= -0.6, found.plan.macs < found.plan.dense_macs
+        >>> len(found.steps) < 12, score(found.model) >= -0.6, found.plan.macs < found.plan.dense.macs
         (True, True, True)
     """
     _check(max_drop, quantity, evaluations, margin)
-    data = Data.of(loader, example, batches, mask)
-    solved = solved_blocks(model, blocks, data, (quantity,), {"rule": rule, "metric": metric, "seed": seed})
-    if stats is None:
-        stats = data.stats(model, moments=loader is not None and metric != "weights", loss=loss)
-    settings: dict[str, Any] = {"methods": methods, "rule": rule, "metric": metric, "objective": objective}
-    settings |= {"multiple": multiple, "include": include, "exclude": exclude, "seed": seed, "executor": executor}
-    settings["blocks"] = solved
-    planned = planner(model, data, (quantity,), timing, stats=stats, **settings)
-    builder = Builder(model, data, stats, "decompose", recalibrate, batchnorm, seed, executor, solved)
-    same: dict[str, Any] = {"recalibrate": recalibrate, "batchnorm": batchnorm, "batches": batches, "seed": seed}
-    same |= {f"block {name}": [one.error for one in found] for name, found in solved.items()}
+    planning = planning or Planning()
+    if planning.init != "decompose":
+        raise PlanError("search evaluates models without training them: it goes with init='decompose'")
+    work = work_for_planning(model, Data.of(loader, example, planning), stats, executor, (quantity,))
+    planned = planner(work, (quantity,))
+    same: dict[str, Any] = {name: getattr(planning, name) for name in ("recalibrate", "batchnorm", "batches", "seed")}
+    same |= {f"block {name}": [one.error for one in found] for name, found in work.blocks.items()}
     record = _Record(resume, same if resume is None else {"model": _checksum(model), **same})
-    run = _Search(evaluate, planned, builder, record, quantity, max_drop, margin)
+    run = _Search(evaluate, planned, work, record, quantity, max_drop, margin)
     for _ in track(run.steps_until(evaluations), "Searching", total=evaluations):
         pass
     return run.result()
@@ -195,12 +166,9 @@ def search(  # noqa: PLR0913
 
 def _check(max_drop: Any, quantity: str, evaluations: Any, margin: Any) -> None:
     for name, value in (("max_drop", max_drop), ("margin", margin)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (0 <= value < math.inf):
-            raise PlanError(f"{name}={value!r} is not a number >= 0")
-    if quantity not in QUANTITIES:
-        raise PlanError(f"quantity={quantity!r} is none of {', '.join(QUANTITIES)}")
-    if type(evaluations) is not int or evaluations < 2:
-        raise PlanError(f"evaluations={evaluations!r} is not a whole number >= 2: the dense model takes the first")
+        real(name, value, error=PlanError)
+    one_of("quantity", quantity, QUANTITIES, error=PlanError)
+    whole("evaluations", evaluations, 2, error=PlanError, why=": the dense model takes the first")
 
 
 class _Search:
@@ -210,13 +178,13 @@ class _Search:
         self,
         evaluate: Evaluate,
         planned: Callable[[Budget | None], Plan],
-        builder: Builder,
+        work: Work,
         record: _Record,
         quantity: str,
         max_drop: float,
         margin: float,
     ) -> None:
-        self.evaluate, self.planned, self.builder, self.record = evaluate, planned, builder, record
+        self.evaluate, self.planned, self.work, self.record = evaluate, planned, work, record
         self.quantity, self.max_drop, self.margin = quantity, max_drop, margin
         self.steps: dict[str, Step] = {}  # by what the plan does
         self.tried: list[tuple[float, str | None]] = []  # a budget and the plan for it, where there is one
@@ -225,7 +193,7 @@ class _Search:
 
     def steps_until(self, evaluations: int) -> Iterator[int]:
         """Evaluate the dense model, then one smaller model after the other; yields once for each."""
-        self.dense = self._score("dense", lambda: self.builder.model)
+        self.dense = self._score("dense", lambda: self.work.model)
         self._refuse_few_samples()
         yield 1
         while len(self.steps) + 1 < evaluations and (share := self._next()) is not None:
@@ -253,14 +221,14 @@ class _Search:
         return above if alone and above < 1 and all(share != above for share, _ in self.tried) else None
 
     def _add(self, key: str, plan: Plan) -> None:
-        """Evaluate the model of a plan and judge all models anew."""
+        """Evaluate the model of a plan and judge all models again."""
         small: list[nn.Module] = []
 
-        def build() -> nn.Module:
-            small.append(self.builder.build(plan))
+        def built() -> nn.Module:
+            small.append(build(self.work, plan))
             return small[0]
 
-        score = self._score(key, build)
+        score = self._score(key, built)
         share = _share(plan, self.quantity)
         drop = self.dense.value - score.value
         self.steps[key] = Step(plan, share, score.value, drop, standard_error(self.dense, score))
@@ -305,7 +273,7 @@ class _Search:
         if best is None:
             raise BudgetError(self._closest())
         plan = self.steps[best].plan
-        small = self.hand[1] if self.hand is not None and self.hand[0] == best else self.builder.build(plan)
+        small = self.hand[1] if self.hand is not None and self.hand[0] == best else build(self.work, plan)
         steps = tuple(self.steps.values())
         return SearchResult(small, plan, steps, self.dense.value, self.quantity, self.max_drop, self.margin)
 
@@ -366,7 +334,7 @@ def _share(plan: Plan, quantity: str) -> float:
     """Return what a plan keeps of a quantity: a latency as it was measured, where it was."""
     if quantity == "latency" and plan.measured is not None:
         return plan.measured.kept
-    return float(getattr(plan, quantity) / getattr(plan, f"dense_{quantity}"))
+    return float(plan.amounts[quantity] / plan.dense[quantity])
 
 
 def _key(plan: Plan) -> str:

@@ -1,5 +1,6 @@
 """Plans: what becomes of every layer of a model, decided before a single weight changes."""
 
+from rankfold.planning._amounts import QUANTITIES, Amounts, Quantity
 from rankfold.planning._blocks import (
     Blocks,
     SolvedBlock,
@@ -12,20 +13,24 @@ from rankfold.planning._blocks import (
     solved_block,
     stand_ins,
 )
-from rankfold.planning._budget import QUANTITIES, Budget, Measured
-from rankfold.planning._candidates import layer_seed, run
+from rankfold.planning._budget import Budget, Measured
+from rankfold.planning._candidates import candidates, planned_metric
+from rankfold.planning._choice import Choice
 from rankfold.planning._joint import Contest, check_blocks
-from rankfold.planning._metrics import METRICS, check_stats
-from rankfold.planning._names import near, selected
-from rankfold.planning._objectives import CALIBRATED, SQUARES
-from rankfold.planning._plan import Choice, Plan
+from rankfold.planning._layer import fitting, layer_seed, run
+from rankfold.planning._metrics import AUTO, METRICS, check_stats
+from rankfold.planning._names import selected
+from rankfold.planning._objectives import CALIBRATED, OBJECTIVES, SQUARES
+from rankfold.planning._plan import Plan
+from rankfold.planning._planning import MethodName, MetricName, ObjectiveName, Planning, plannable
 from rankfold.planning._refusals import layer_refusal, structural_refusals, without_values
-from rankfold.planning._rules import INITS, RULES, Init, Select
-from rankfold.planning._search import candidates, plan, planned_metric
-from rankfold.planning._select import Candidates, excess, refusal
-from rankfold.planning._ties import TIED_METHODS, tied_heads
+from rankfold.planning._rules import INITS, RULES, Init, RuleName, Select, rule_of
+from rankfold.planning._select import Candidates, budget_error, excess
+from rankfold.planning._ties import tied_heads
 
 __all__ = [
+    "AUTO",
+    "Amounts",
     "Blocks",
     "Budget",
     "CALIBRATED",
@@ -36,13 +41,19 @@ __all__ = [
     "Init",
     "METRICS",
     "Measured",
+    "MethodName",
+    "MetricName",
+    "OBJECTIVES",
+    "ObjectiveName",
     "Plan",
+    "Planning",
     "QUANTITIES",
+    "Quantity",
     "RULES",
+    "RuleName",
     "SQUARES",
     "Select",
     "SolvedBlock",
-    "TIED_METHODS",
     "block_choice",
     "block_difference",
     "block_modules",
@@ -51,14 +62,15 @@ __all__ = [
     "check_blocks",
     "check_stats",
     "excess",
+    "fitting",
     "fresh_block",
     "is_block",
     "layer_refusal",
     "layer_seed",
-    "near",
-    "plan",
+    "plannable",
     "planned_metric",
-    "refusal",
+    "budget_error",
+    "rule_of",
     "run",
     "selected",
     "solved_block",

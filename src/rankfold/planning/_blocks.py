@@ -1,4 +1,4 @@
-"""Blocks: several modules in a row that one layer stands for, named "first:last" in a plan."""
+"""Blocks: several modules in a row that one layer replaces, named "first:last" in a plan."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from typing import Any
 
 from torch import nn
 
+from rankfold._common import near
 from rankfold.errors import LayerError, PlanError
 from rankfold.layers import BLOCKS, block_class, pointwise_twin, stock_twin
-from rankfold.planning._names import near
-from rankfold.planning._plan import Choice
+from rankfold.planning._amounts import Amounts
+from rankfold.planning._choice import Choice
 from rankfold.stats import Stats, count_bytes, count_params, walk
 
 
 @dataclass(frozen=True, eq=False)
 class SolvedBlock:
-    """A layer that was found to stand for a block of a model.
+    """A layer that was found to replace a block of a model.
 
     Attributes:
         layer: a `rankfold.layers.FlexibleLinear`, or one over channels.
@@ -35,7 +36,7 @@ Blocks = Mapping[str, Sequence[SolvedBlock]]
 
 
 def is_block(choice: Choice) -> bool:
-    """Tell whether a choice stands for a whole block, its name then being "first:last"."""
+    """Tell whether a choice is that of a whole block, whose name is "first:last"."""
     return any(choice.method == method for _, method in BLOCKS)
 
 
@@ -97,25 +98,20 @@ def block_choice(model: nn.Module, name: str, solved: SolvedBlock, stats: Stats 
     found = (layer.down.weight.shape[1], layer.up.weight.shape[0]) if type(layer) is kind else ()
     if found != sizes:
         raise PlanError(f"block {name!r} takes a {kind.__name__} from {sizes[0]} to {sizes[1]}, not {layer}")
-    dense: dict[str, Any] = {
-        "dense_params": sum(map(count_params, modules.values())),
-        "dense_bytes": sum(map(count_bytes, modules.values())),
-    }
-    macs = None
+    before, macs = None, None
     if stats is not None:
-        dense["dense_macs"] = sum(stats.layers[key].macs for key, _ in walk(model) if key in modules)
+        before = sum(stats.layers[key].macs for key, _ in walk(model) if key in modules)
         calls = stats.layers[next(iter(modules))].calls
         rows = sum(math.prod(call.input) for call in calls) // sizes[0]
         macs = kind.cost(*sizes, rows, rank=layer.rank, **layer.options).macs // stats.batch_size
+    params, size = (sum(map(count, modules.values())) for count in (count_params, count_bytes))
     return Choice(
         layer.method,
         layer.rank,
         dict(layer.options),
-        params=count_params(layer),
-        macs=macs,
+        amounts=Amounts(count_params(layer), macs, count_bytes(layer)),
+        dense=Amounts(params, before, size),
         error=solved.error,
-        bytes=count_bytes(layer),
-        **dense,
     )
 
 

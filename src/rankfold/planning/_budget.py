@@ -1,17 +1,12 @@
-"""Budgets and the quantities that they limit."""
+"""Budgets: what a plan may keep of each quantity, and the latency that it turned out to keep."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
 
+from rankfold._common import real
 from rankfold.errors import BudgetError, PlanError
-
-QUANTITIES = ("params", "macs", "bytes", "latency")
-SHOWN: Mapping[str, str] = MappingProxyType({q: "MACs" if q == "macs" else q for q in QUANTITIES})
+from rankfold.planning._amounts import QUANTITIES, amount
 
 
 @dataclass(frozen=True)
@@ -39,8 +34,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         for quantity, share in self.limits.items():
-            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-                raise BudgetError(f"budget {quantity}={share!r} is not a fraction kept, 0 < {quantity} <= 1")
+            real(f"budget {quantity}", share, most=1, ends="(]", error=BudgetError, why=": it is the fraction kept")
         if not self.limits:
             raise BudgetError(f"a budget limits one or more of {', '.join(QUANTITIES)}, such as Budget(macs=0.5)")
 
@@ -69,35 +63,11 @@ class Measured:
 
     def __post_init__(self) -> None:
         for name in ("kept", "dense_seconds"):
-            if not is_real(getattr(self, name)) or not getattr(self, name):
-                raise PlanError(f"{name} of a measured latency is a number above zero, not {getattr(self, name)!r}")
+            real(f"{name} of a measured latency", getattr(self, name), ends="()", error=PlanError)
         if not isinstance(self.setting, str):
-            raise PlanError(f"the setting of a measured latency is a text, not {self.setting!r}")
+            raise PlanError(f"the setting of a measured latency must be a text, got {self.setting!r}")
 
     def __str__(self) -> str:
         """Return the measurement in words."""
         before, after = (amount("latency", x) for x in (self.dense_seconds, self.kept * self.dense_seconds))
         return f"{before} -> {after} ({self.kept:.1%} kept; {self.setting})"
-
-
-def is_real(value: Any) -> bool:
-    """Tell whether a value is a finite number >= 0."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-
-
-def check_amount(quantity: str, value: Any, owner: str) -> None:
-    """Raise a `PlanError` unless a value, where there is one, can be an amount of a quantity or of its dense twin."""
-    if value is None:
-        return
-    if quantity.endswith("latency"):
-        if not is_real(value):
-            raise PlanError(f"{quantity} of {owner} is a finite number of seconds >= 0, not {value!r}")
-    elif type(value) is not int or value < 0:
-        raise PlanError(f"{quantity} of {owner} is a whole number, not {value!r}")
-
-
-def amount(quantity: str, value: float | None) -> str:
-    """Return an amount as it is printed: "?" where it is not known."""
-    if value is None:
-        return "?"
-    return f"{1e3 * value:.4g} ms" if quantity == "latency" else f"{value:,}"

@@ -10,10 +10,12 @@ import numpy as np
 from torch import nn
 
 from rankfold.errors import PlanError
+from rankfold.planning._amounts import Amounts
 from rankfold.planning._blocks import Blocks, SolvedBlock, block_choice, block_modules, check_apart
-from rankfold.planning._candidates import pays
+from rankfold.planning._choice import Choice
+from rankfold.planning._layer import pays
 from rankfold.planning._objectives import OBJECTIVES
-from rankfold.planning._plan import Choice, Plan
+from rankfold.planning._plan import Plan
 from rankfold.planning._rules import Choices, costs_of, damage_of
 from rankfold.ranks import undominated
 from rankfold.stats import Stats
@@ -26,7 +28,7 @@ COMPARED = "outputs"  # the metric whose errors are those of a block's values
 
 @dataclass(frozen=True, eq=False)
 class Contest:
-    """A block that one layer could stand for, against the layers that it would stand for.
+    """A block that one layer could replace, against the layers that it would replace.
 
     Attributes:
         members: names of the block's layers.
@@ -74,11 +76,11 @@ def check_blocks(rule: Any, quantities: Sequence[str], metric: str, init: str) -
 def contests(
     model: nn.Module, blocks: Blocks, dense: Mapping[str, Choice], stats: Stats | None, settings: tuple[Any, str]
 ) -> dict[str, Contest]:
-    """Return every block with what could stand for it; settings are the quantities budgeted and the objective.
+    """Return every block with what could replace it; settings are the quantities budgeted and the objective.
 
     Raises:
         PlanError: a block is unknown, overlaps with another one, has a layer that is not to be changed, or is given
-            something else than layers solved for it.
+            anything other than layers solved for it.
     """
     if not isinstance(blocks, Mapping):
         raise PlanError(
@@ -113,8 +115,8 @@ def _contest(  # noqa: PLR0913 (private; one caller)
     if damage is not None:
         choices = [replace(choice, damage=damage(choice.error or 0.0, 1.0)) for choice in choices]
     paying = [k for k, choice in enumerate(choices) if pays(choice, quantities)]
-    costs = {q: getattr(choices[0], f"dense_{q}") for q in ("params", "macs", "bytes")}
-    whole = Choice("dense", error=0.0, **costs, **{f"dense_{q}": value for q, value in costs.items()})
+    before = choices[0].dense
+    whole = Choice("dense", error=0.0, amounts=before, dense=before)
     return Contest(members, whole, tuple(choices[k] for k in paying), tuple(solved[k] for k in paying))
 
 
@@ -162,7 +164,7 @@ def _at(choices: Sequence[Choice], index: Any) -> Choice:
 
 def _total(cost: np.ndarray, damage: float, quantities: Sequence[str]) -> Choice:
     amounts: dict[str, Any] = {quantity: round(float(value)) for quantity, value in zip(quantities, cost, strict=True)}
-    return Choice("dense", damage=float(damage), **amounts)
+    return Choice("dense", damage=float(damage), amounts=Amounts(**amounts))
 
 
 def _thinned(costs: np.ndarray, damages: np.ndarray) -> np.ndarray:

@@ -6,17 +6,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 
+from rankfold._common import one_of
 from rankfold.errors import PlanError
 from rankfold.layers import Call, Metric
 from rankfold.stats import Stats, count_params
 
-WEIGHTS = "weights"
-AUTO = "auto"
+WEIGHTS: Final = "weights"
+AUTO: Final = "auto"
 ASVD_POWER = 0.5  # the alpha that Yuan et al. found the best
 
 
@@ -71,15 +72,14 @@ METRICS: Mapping[str, Grade] = MappingProxyType(
 
 
 def metric_name(name: Any, stats: Stats | None) -> str:
-    """Return the metric that a name stands for: for "auto", the outputs where the statistics hold moments.
+    """Return the metric of a name: for "auto", the outputs where the statistics hold moments.
 
     Raises:
         PlanError: no such metric, or the statistics lack what it needs.
     """
     if name == AUTO:
         return "outputs" if stats is not None and _has_moments(stats) else WEIGHTS
-    if name not in METRICS:
-        raise PlanError(f"unknown metric {name!r}: the metrics are {AUTO}, {', '.join(METRICS)}")
+    one_of("metric", name, (AUTO, *METRICS), error=PlanError)
     if METRICS[name].of is not None and (stats is None or not _has_moments(stats)):
         raise PlanError(f"metric {name!r} needs the inputs of the layers: pass stats={_call(METRICS[name])}")
     if METRICS[name].rows and stats is not None and not _has_rows(stats):

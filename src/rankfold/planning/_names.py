@@ -1,20 +1,12 @@
-"""Names and patterns of layers, and what was perhaps meant by one that matches nothing."""
+"""Names of layers, and patterns of names."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
+from rankfold._common import near
 from rankfold.errors import PlanError
-
-
-def near(name: str, names: Collection[str]) -> str:
-    """Return ": did you mean …?" with the names nearest to one that is unknown; "" where none is near."""
-    ordered = sorted(names)
-    inside = [other for other in ordered if name and name.strip("*") in other]
-    close = difflib.get_close_matches(name, ordered, n=3, cutoff=0.5) or inside[:3] or ordered[:3]
-    return f": did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def selected(names: Collection[str], patterns: str | Sequence[str]) -> set[str]:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
+from typing import Final
 
-SQUARES, LOSS, TEMPERED, CALIBRATED = "squares", "loss", "tempered", "calibrated"
+SQUARES: Final = "squares"
+LOSS: Final = "loss"
+TEMPERED: Final = "tempered"
+CALIBRATED: Final = "calibrated"
 WEIGHED = (LOSS, TEMPERED)  # those that need gradients of a loss
 LOST = 1 - 1e-9  # the largest squared error that the product of energies tells from others
 
@@ -25,7 +29,7 @@ OBJECTIVES: Mapping[str, Damage | None] = MappingProxyType(
         "energy": _energy,
         LOSS: lambda error, weight: weight * error**2,
         TEMPERED: lambda error, weight: math.sqrt(weight) * error**2,
-        CALIBRATED: None,  # the terms are measured, by `calibrate`
+        CALIBRATED: None,  # the terms are measured, by `measure_damage`
     }
 )
 

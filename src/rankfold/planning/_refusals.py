@@ -25,10 +25,10 @@ def structural_refusals(model: nn.Module) -> dict[str, str]:
     for name, layer in walk(model):
         ties = {key: owners[memory_of(p)] - {name} for key, p in layer.named_parameters(recurse=False)}
         if isinstance(layer, TiedHead):
-            reasons[name] = "is the head of a factorised embedding: densify the model to plan it anew"
+            reasons[name] = "is the head of a factorised embedding: densify the model to plan it again"
         elif is_factorised(layer):
             reasons[name] = (
-                f"is factorised already ({layer.method}, rank {layer.rank}): densify the model to plan it anew"
+                f"is factorised already ({layer.method}, rank {layer.rank}): densify the model to plan it again"
             )
         elif any(ties.values()):
             reasons[name] = " and ".join(_tie(key, others) for key, others in ties.items() if others)

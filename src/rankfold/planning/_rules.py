@@ -8,13 +8,15 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from rankfold._common import one_of
 from rankfold.errors import BudgetError, PlanError
-from rankfold.planning._candidates import LEVELS, Job, energy_ladder, evbmf_ladder, grid, share
-from rankfold.planning._plan import Choice
+from rankfold.planning._choice import Choice
+from rankfold.planning._layer import LEVELS, Job, energy_ladder, evbmf_ladder, grid, share
 from rankfold.ranks import allocate
 
 # Proven, relative to the sum of squared errors; a hundredth of what the last layer's rank more or less changes.
 GAP = 1e-4
+RuleName = Literal["optimal", "uniform", "energy", "evbmf"]
 Init = Literal["decompose", "random"]
 INITS: tuple[Init, ...] = get_args(Init)
 Choices = Mapping[str, Sequence[Choice]]
@@ -98,7 +100,7 @@ def _units(limits: np.ndarray) -> np.ndarray:
 
 def costs_of(choices: Sequence[Choice], quantities: Sequence[str]) -> np.ndarray:
     """Return the budgeted quantities of choices, one row per choice."""
-    return np.array([[getattr(choice, q) for q in quantities] for choice in choices], dtype=np.float64)
+    return np.array([[choice.amounts[q] for q in quantities] for choice in choices], dtype=np.float64)
 
 
 RULES: Mapping[str, Rule] = {
@@ -117,6 +119,4 @@ def rule_of(rule: str | Select) -> Rule:
     """
     if callable(rule):
         return Rule("given", grid, rule, needs_budget=False, needs_weights=False)
-    if rule not in RULES:
-        raise PlanError(f"unknown rule {rule!r}: the rules are {', '.join(RULES)}, or a function")
-    return RULES[rule]
+    return RULES[one_of("rule", rule, RULES, other="a function", error=PlanError)]

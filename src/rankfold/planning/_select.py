@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from rankfold.errors import BudgetError, PlanError
-from rankfold.planning._budget import Budget, amount
+from rankfold.planning._amounts import amount
+from rankfold.planning._budget import Budget
+from rankfold.planning._choice import Choice
 from rankfold.planning._joint import Contest, in_place, items_of
-from rankfold.planning._plan import Choice, Plan
+from rankfold.planning._plan import Plan
 from rankfold.planning._rules import Choices, Rule, Select
 from rankfold.planning._ties import FOLLOWS
 
 KEPT = "dense is the rule's choice within this budget"
 ROUNDING = 1 + 1e-9  # of sums of seconds in another order
-SHOWN = 3  # so many layers that stand in the way of a budget are put in an error
+NAMED = 3  # layers in the way of a budget that an error lists
 UNPAID = "no rank of {} costs less than the layer itself"
 UNTIMED = "no rank of {} was measured faster than the layer itself"
 
@@ -30,7 +32,7 @@ class Candidates:
         rule: how one choice per layer is selected.
         methods: the methods that were tried.
         quantities: what a budget must limit.
-        blocks: per name of a block, the layers that could stand for it.
+        blocks: per name of a block, the layers that could replace it.
 
     Example:
         >>> import torch
@@ -67,7 +69,7 @@ class Candidates:
         choices = _explained(self._select(whole), self.layers, unpaid)
         result = replace(whole, layers=in_place(choices, whole.layers, self.blocks))
         if excess(result):  # it is the cheapest that the rule found
-            raise refusal(result, self.rule.name)
+            raise budget_error(result, self.rule.name)
         return result
 
     def _select(self, whole: Plan) -> dict[str, Choice]:
@@ -84,31 +86,34 @@ class Candidates:
         return choices
 
     def slower(self, factor: float) -> Candidates:
-        """Return the candidates as they are where all layers, dense or not, take so many times as long in the model."""
+        """Return the candidates with the times of all layers, dense or not, multiplied by a factor."""
         layers = {name: tuple(_slower(choice, factor) for choice in choices) for name, choices in self.layers.items()}
         dense = {name: _slower(choice, factor) for name, choice in self.whole.layers.items()}
         return replace(self, layers=layers, whole=replace(self.whole, layers=dense))
 
 
 def _slower(choice: Choice, factor: float) -> Choice:
-    new, old = (None if x is None else factor * x for x in (choice.latency, choice.dense_latency))
-    return replace(choice, latency=new, dense_latency=old)
+    new, old = (
+        one if one.latency is None else replace(one, latency=factor * one.latency)
+        for one in (choice.amounts, choice.dense)
+    )
+    return replace(choice, amounts=new, dense=old)
 
 
 def _limits(whole: Plan, changeable: Mapping[str, Choice]) -> dict[str, float]:
-    """Return what the budget leaves for what may change, given as it is: its share of the whole less all the rest."""
+    """Return the limits on the layers that may change: the budget of the whole model less what the rest takes."""
     limits = {}
     for quantity, allowed in _allowed(whole).items():
-        own = sum(getattr(choice, quantity) for choice in changeable.values())
-        limits[quantity] = allowed - (getattr(whole, f"dense_{quantity}") - own)
+        own = sum(choice.amounts[quantity] for choice in changeable.values())
+        limits[quantity] = allowed - (whole.dense[quantity] - own)
     return limits
 
 
 def _allowed(whole: Plan) -> dict[str, float]:
     """Return the budget in absolute numbers."""
     limits = whole.budget.limits if whole.budget else {}
-    exact = {quantity: fraction * getattr(whole, f"dense_{quantity}") for quantity, fraction in limits.items()}
-    # The millionth lets a fraction that was computed from a whole number reach that number.
+    exact = {quantity: fraction * whole.dense[quantity] for quantity, fraction in limits.items()}
+    # Plus a millionth: a fraction computed from a whole number must reach that number despite rounding.
     return {quantity: x if quantity == "latency" else int(x + 1e-6) for quantity, x in exact.items()}
 
 
@@ -131,7 +136,7 @@ def _explained(choices: Mapping[str, Choice], candidates: Choices, unpaid: str) 
     return explained
 
 
-def refusal(closest: Plan, rule: str) -> BudgetError:
+def budget_error(closest: Plan, rule: str) -> BudgetError:
     """Return the error of a budget that can't be met, with the plan of that budget that a rule came closest with."""
     limits = closest.budget.limits if closest.budget else {}
     allowed = _allowed(closest)
@@ -146,7 +151,7 @@ def refusal(closest: Plan, rule: str) -> BudgetError:
 
 def excess(plan: Plan) -> set[str]:
     """Return the quantities of its budget that a plan exceeds."""
-    return {quantity for quantity, limit in _allowed(plan).items() if getattr(plan, quantity) > limit * ROUNDING}
+    return {quantity for quantity, limit in _allowed(plan).items() if plan.amounts[quantity] > limit * ROUNDING}
 
 
 def _obstacles(result: Plan) -> str:
@@ -156,15 +161,15 @@ def _obstacles(result: Plan) -> str:
     followers = {name for name, choice in result.layers.items() if choice.reason.startswith(FOLLOWS)}
     left = {name: c for name, c in result.layers.items() if name not in followers}
     fixed = {name: choice for name, choice in left.items() if choice.reason not in ("", KEPT)}
-    largest = sorted(fixed, key=lambda name: -(fixed[name].dense_params or 0))[:SHOWN]
+    largest = sorted(fixed, key=lambda name: -(fixed[name].dense.params or 0))[:NAMED]
     told = "; ".join(f"{name or 'the model'!r} ({fixed[name].reason})" for name in largest)
     return f"{len(fixed)} of {len(left)} layers can't change, the largest {told}; " if fixed else ""
 
 
 def _reached(result: Plan, quantity: str) -> str:
-    value, dense = getattr(result, quantity), getattr(result, f"dense_{quantity}")
+    value, dense = result.amounts[quantity], result.dense[quantity]
     share, told = value / dense, f"{amount(quantity, value)} of {amount(quantity, dense)}"
     if quantity == "latency" and result.measured:
         share, told = min(1.0, result.measured.kept), f"measured: {result.measured}"  # the dense model is always there
-    # Rounded up, so that the value that is read off the message is reachable.
+    # Rounded up, so that the value in the message can be reached.
     return f"{quantity}={math.ceil(share * 10_000) / 10_000:.4f} ({told})"

@@ -1,4 +1,4 @@
-"""An embedding and the output layer that is tied to it: two layers with one weight, which one choice stands for."""
+"""An embedding and the output layer that is tied to it: two layers with one weight, planned by one choice."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from rankfold.layers import Metric
+from rankfold.planning._amounts import Amounts
+from rankfold.planning._choice import Choice
 from rankfold.planning._metrics import layer_metric
-from rankfold.planning._plan import Choice
 from rankfold.stats import LayerTime, Stats, walk
 
-TIED_METHODS = ("svd",)  # those whose two factors serve both layers
 FOLLOWS = "follows"  # what the reason of a tied head begins with
 
 
@@ -71,16 +71,15 @@ def as_one(choices: Mapping[str, Choice], pair: tuple[str, str]) -> dict[str, Ch
     What the two have in common is counted to the embedding, the bias of the head to the head.
     """
     embedding, head = (choices[name] for name in pair)
-    both: dict[str, Any] = {q: _sum(getattr(embedding, q), getattr(head, q)) for q in ("macs", "latency")}
-    rest: dict[str, Any] = {q: getattr(head, q) - getattr(embedding, q) for q in ("params", "bytes")}
-    rest |= {q: None if value is None else 0 for q, value in both.items()}
-    known = [values | {f"dense_{q}": value for q, value in values.items()} for values in (both, rest)]
+    one, other = embedding.dense, head.dense
+    both, rest = one + other, other - one
+    shared = replace(both, params=one.params, bytes=one.bytes)
+    left = Amounts(rest.params, None if both.macs is None else 0, rest.bytes, None if both.latency is None else 0)
     follows = f"{FOLLOWS} {pair[0]!r}, whose weight it has"
-    return {pair[0]: replace(embedding, **known[0]), pair[1]: replace(head, **known[1], reason=follows)}
-
-
-def _sum(one: Any, other: Any) -> Any:
-    return None if one is None or other is None else one + other
+    return {
+        pair[0]: replace(embedding, amounts=shared, dense=shared),
+        pair[1]: replace(head, amounts=left, dense=left, reason=follows),
+    }
 
 
 def times_of(stats: Stats | None, name: str, head: str | None) -> LayerTime | None:

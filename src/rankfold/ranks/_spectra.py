@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq, minimize_scalar
 
+from rankfold._common import real
 from rankfold.errors import DecompositionError
 
 Values = NDArray[np.float64]
@@ -47,8 +48,7 @@ def energy(values: ArrayLike, keep: float) -> int:
         >>> energy([3.0, 2.0, 1.0], 0.9)
         2
     """
-    if not 0 < keep <= 1:
-        raise DecompositionError(f"keep is a share of the energy with 0 < keep <= 1, not {keep!r}")
+    real("keep", keep, most=1, ends="(]", error=DecompositionError)
     squares = _checked(values) ** 2
     total = squares.sum()
     if total == 0:
@@ -113,8 +113,8 @@ def evbmf(values: ArrayLike, shape: tuple[int, int], *, noise: float | None = No
     small, large = sorted(shape)
     if not 1 <= len(checked) <= small:
         raise DecompositionError(f"a matrix of shape {tuple(shape)} has {small} singular values, not {len(checked)}")
-    if noise is not None and not (noise > 0 and math.isfinite(noise)):
-        raise DecompositionError(f"noise is a variance above 0, not {noise!r}")
+    if noise is not None:
+        real("noise", noise, ends="()", error=DecompositionError)
     scale = checked[0]
     if scale == 0:
         return EVBMF(0, noise or 0.0, np.empty(0))

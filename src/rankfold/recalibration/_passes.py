@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rankfold._common import OutputError, output_tensors
 from rankfold.errors import DataError
-from rankfold.layers import Rows, is_factorised, row_size
+from rankfold.layers import Rows, is_factorised, output_size, row_size
 from rankfold.recalibration._pairs import Pairs
 from rankfold.stats import observing
 
@@ -133,13 +133,7 @@ def _running(
 def bytes_of(layer: nn.Module) -> int:
     """Return what the pairs of a layer take, those to solve on and those to check on."""
     groups, n = row_size(layer) or (0, 0)
-    return 2 * torch.finfo(torch.float64).bits // 8 * n * (groups * n + outputs_of(layer))
-
-
-def outputs_of(layer: Any) -> int:
-    """Return how many outputs a linear layer or a convolution has."""
-    names = ("out_features", "out_channels", "nf")  # the last is that of the Conv1D of Hugging Face
-    return next((int(getattr(layer, name)) for name in names if hasattr(layer, name)), 0)
+    return 2 * torch.finfo(torch.float64).bits // 8 * n * (groups * n + output_size(layer))
 
 
 def solved_part(layer: Any, memory: int) -> str | None:
@@ -149,7 +143,8 @@ def solved_part(layer: Any, memory: int) -> str | None:
     """
     if bytes_of(layer) <= memory:
         return ""
-    staged = is_factorised(layer) and layer.method == "svd" and layer.options.get("split", "channel") == "channel"
+    stages = layer.stages if is_factorised(layer) else None
+    staged = stages is not None and stages.plain and stages.is_matrix(layer.options)
     return "up" if staged and bytes_of(layer.up) <= memory else None
 
 

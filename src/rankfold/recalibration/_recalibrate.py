@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold._common import track
+from rankfold._common import real, track, whole
 from rankfold.errors import DataError
-from rankfold.layers import FlexibleLayer, TiedHead, is_factorised, row_size
-from rankfold.recalibration._passes import Calibration, bytes_of, outputs_of, solved_part
+from rankfold.layers import FlexibleLayer, TiedHead, dense_type_of, is_factorised, output_size, row_size
+from rankfold.recalibration._passes import Calibration, bytes_of, solved_part
 from rankfold.recalibration._refit import refit
 from rankfold.stats import Stats, observing, walk
 from rankfold.surgery import copy_with, with_named_projections
@@ -23,7 +23,6 @@ PATCHES = 64
 LEAST_WEIGHT = 1e-2  # of an output, over the mean of its layer's: gradients of few samples miss what is seldom used
 MEMORY = 2**31
 EPS = 1e-12  # the least damping that float64 resolves
-STOCK = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 DENSE_FIRST = "it comes before the first compressed layer, and gets what it got in the original"
 
 
@@ -63,16 +62,41 @@ class Recalibration:
     left_out: Mapping[str, str]
 
 
-def recalibrate(  # noqa: PLR0913
+@dataclass(frozen=True)
+class Refitting:
+    """How the layers of a recalibration are solved for.
+
+    Args:
+        include_dense: whether dense linear layers and convolutions after the first compressed layer are fitted too.
+        per_pass: layers that are solved for on the inputs of one run, without regard to each other; None for all of
+            them at once.
+        damping: what is added to the diagonal of the second moment E[x' x'^T], over its mean diagonal; by default the
+            best of several on rows left out. Those rows are of the same data: where the data in use will differ, 10
+            keeps layers near what they are.
+
+    Raises:
+        DataError: a number of layers that is none, or a damping that is no finite number float64 resolves.
+    """
+
+    include_dense: bool = True
+    per_pass: int | None = 1
+    damping: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.per_pass is not None:
+            whole("per_pass", self.per_pass, error=DataError)
+        if self.damping is not None:
+            real("damping", self.damping, EPS, error=DataError)
+
+
+def recalibrate(  # noqa: PLR0913 (twelve at most)
     small: nn.Module,
     model: nn.Module,
     loader: Iterable[Any],
     *,
     batches: int | None = None,
     patches: int = PATCHES,
-    include_dense: bool = True,
-    per_pass: int | None = 1,
-    damping: float | None = None,
+    refitting: Refitting | None = None,
     mask: Any = None,
     stats: Stats | None = None,
     memory: int = MEMORY,
@@ -82,7 +106,7 @@ def recalibrate(  # noqa: PLR0913
     """Return a copy of a compressed model whose layers are fitted, in the order of their calls, to what they get.
 
     A compressed layer feeds the next ones other inputs x' than those x that they were made for. With the outputs y
-    of the original as the target, each layer is solved anew on the inputs that it really gets, once all layers
+    of the original as the target, each layer is solved again on the inputs that it really gets, once all layers
     before it have been: W = E[y x'^T] (E[x' x'^T] + eps I)^-1 for a dense layer, drawn towards the weight that it has;
     the projection of that on the leading eigenvectors of W C W^T, C the metric, for an SVD by channels (reduced-rank
     regression); and for any other form its factors in turn, by conjugate gradients in that metric. A bias takes up the
@@ -91,21 +115,19 @@ def recalibrate(  # noqa: PLR0913
     A layer's new factors are taken only where they have the smaller error on the quarter of the rows that they were
     not solved on, and those of the last layers are given up where the outputs of the whole model are better without
     them: the error on the calibration data never rises. The original runs once, as long as `memory` suffices for its
-    outputs and those of its layers, and the small model once per layer, or once for `per_pass` of them. Batches stay
-    in memory.
+    outputs and those of its layers, and the small model once per layer, or once for `Refitting.per_pass` of them.
+    Batches stay in memory.
 
     Args:
         small: the compressed model, as `apply` made it; it is not changed.
         model: the original; it is not changed.
-        loader: batches as in `measure`: a few hundred typical inputs, read once and kept.
+        loader: a few hundred typical inputs, in batches, read once and kept: tensors, tuples with the inputs first, or
+            mappings of keyword arguments.
         batches: how many to read at most; all of them if None, which takes a loader that ends.
         patches: positions per image in each convolution, at random, the same in both models.
-        include_dense: whether dense linear layers and convolutions after the first compressed layer are fitted too.
-        per_pass: layers that are solved for on the inputs of one run, without regard to each other; None for all of
-            them at once.
-        damping: eps over the mean diagonal of E[x' x'^T]; by default the best of several on rows left out.
-            Those rows are of the same data: where the data in use will differ, 10 keeps layers near what they are.
-        mask: padding tokens that are not to be counted, as in `measure`.
+        refitting: whether dense layers are fitted too, how many layers a run, and how strongly each is damped.
+        mask: which tokens of a batch count: the key of a tensor in mappings, "attention_mask" say, or a function of a
+            batch to one (batch, tokens), True or 1 where a token counts.
         stats: from `measure` with a loss: each output of a layer then counts by its mean squared gradient. It is what
             goes with a plan in the metric "fisher": in transformers few outputs are so large that they drown the rest.
         memory: bytes that the moments of one layer, and the outputs kept of the original, may take. Of a low-rank layer
@@ -129,15 +151,16 @@ def recalibrate(  # noqa: PLR0913
         >>> better = recalibrate(small, model, data, watch=lambda done: print(done.error_after <= done.error_before))
         True
     """
-    _check(damping, per_pass, memory)
+    whole("memory", memory, error=DataError)
+    how = refitting or Refitting()
     data = _read(loader, batches)
     result = copy_with(small, {})
     model = with_named_projections(model, dict(walk(small)).keys())
     settings = {"patches": patches, "mask": mask, "seed": seed}
-    order, left_out = _order(result, model, data[0], settings, include_dense, memory)
+    order, left_out = _order(result, model, data[0], settings, how.include_dense, memory)
     rows = {name: _weights(stats, name) for name in order}
-    done = _Run(result, Calibration(model, data, order, settings, memory), damping, rows)
-    size = max(1, len(order)) if per_pass is None else per_pass
+    done = _Run(result, Calibration(model, data, order, settings, memory), how.damping, rows)
+    size = max(1, len(order)) if how.per_pass is None else how.per_pass
     for start in track(range(0, len(order), size), "Recalibrating"):
         done.solve(order[start : start + size])
     report = done.finish(left_out)
@@ -210,17 +233,9 @@ def _weights(stats: Stats | None, name: str) -> Tensor | None:
     return (metric.rows / metric.rows.mean()).clamp_min(LEAST_WEIGHT)
 
 
-def _check(damping: float | None, per_pass: int | None, memory: int) -> None:
-    for name, value in (("per_pass", per_pass), ("memory", memory)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise DataError(f"{name}={value!r} is not a whole number >= 1")
-    if damping is not None and not EPS <= damping < math.inf:
-        raise DataError(f"damping is a number from {EPS:g} on, not {damping!r}")
-
-
 def _read(loader: Iterable[Any], batches: int | None) -> list[Any]:
-    if batches is not None and (type(batches) is not int or batches < 1):
-        raise DataError(f"batches={batches!r} is not a whole number >= 1")
+    if batches is not None:
+        whole("batches", batches, error=DataError)
     if isinstance(loader, Tensor):
         raise DataError("loader is an iterable of batches, such as a DataLoader or a list of tensors, not a tensor")
     if batches is None and isinstance(loader, Iterator):
@@ -265,7 +280,9 @@ def _entrances(small: nn.Module) -> set[str]:
 
 
 def _wanted(layer: nn.Module, include_dense: bool) -> bool:
-    return is_factorised(layer) or isinstance(layer, TiedHead) or (include_dense and type(layer) in STOCK)
+    row = dense_type_of(layer)
+    dense = include_dense and row is not None and row.stock and row.rows != "none"
+    return dense or is_factorised(layer) or isinstance(layer, TiedHead)
 
 
 def _unfit(small: nn.Module, layer: nn.Module, original: nn.Module | None, memory: int) -> str:
@@ -275,7 +292,7 @@ def _unfit(small: nn.Module, layer: nn.Module, original: nn.Module | None, memor
     size = row_size(layer)
     if size is None:
         return f"a {type(layer).__name__} does not multiply its input by a weight"
-    if original is None or row_size(original) != size or outputs_of(original) != outputs_of(layer):
+    if original is None or row_size(original) != size or output_size(original) != output_size(layer):
         return "the original has no layer of this name and size"
     weights = list(layer.parameters())
     if any(p.is_meta or not torch.is_floating_point(p) for p in weights):

@@ -93,9 +93,7 @@ def _fitted(layer: nn.Module, target: Target, pairs: Pairs) -> Any:
 def _brought_to(layer: Any, target: Target) -> Any:
     if not is_factorised(layer):
         return _filled(copy.deepcopy(layer), target.weight)
-    if (
-        layer.method in ("svd", "svd_form") and layer.options.get("split", "channel") == "channel"
-    ):  # of the matrix itself
+    if layer.stages is not None and layer.stages.is_matrix(layer.options):
         dense = _filled(layer.to_dense(), projected(target, layer.rank))
         return type(layer).from_dense(dense, rank=layer.rank, **layer.options)
     return alternated(layer, target).to(dtype_of(layer))

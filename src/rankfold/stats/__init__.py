@@ -5,7 +5,7 @@ from rankfold.stats._moments import Moments, add_product
 from rankfold.stats._stats import LayerStats, Stats
 from rankfold.stats._times import CallTime, Curve, LayerTime, LayerTimes, Setting, coordinates
 from rankfold.stats._walk import count_bytes, count_params, left_alone, uncompiled, walk
-from rankfold.stats._watch import observing
+from rankfold.stats._watch import Loss, Mask, observing
 
 __all__ = [
     "CallTime",
@@ -13,6 +13,8 @@ __all__ = [
     "LayerStats",
     "LayerTime",
     "LayerTimes",
+    "Loss",
+    "Mask",
     "Moments",
     "Setting",
     "Stats",

@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rankfold._common import json_text
+from rankfold._common import html_table, json_text, text_table
 from rankfold.errors import PlanError, StoreError
 from rankfold.layers import Call, Metric
 from rankfold.stats._moments import Moments, read_moments, write_moments
-from rankfold.stats._times import LayerTimes
+from rankfold.stats._times import LayerTime, LayerTimes
+
+HEADS = ("layer", "kind", "params", "MACs", "calls", "inputs", "ms")  # of the printed table
+LEFT = ("layer", "kind")  # columns of words
+OPTIONAL = ("inputs", "ms")  # left out where no layer has a value
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class Stats:
-    """What `measure` saw of a model.
+    """What `measure` saw of a model; `print` shows it as a table, and a notebook does by itself.
 
     Attributes:
         layers: per name, every layer that a plan must name: factorisable ones and factorised ones.
@@ -53,6 +57,27 @@ class Stats:
     batch_size: int
     left_out: Mapping[str, str] = field(default_factory=dict)
     times: LayerTimes | None = None
+
+    def __str__(self) -> str:
+        """Return the layers as an aligned table, and below it what is known of the whole model."""
+        return "\n".join([text_table(*self._table(), left=LEFT), "", *self._totals()])
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table(), left=LEFT, below=self._totals())
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        timed = {} if self.times is None else self.times.layers
+        rows = [_row(name, layer, timed.get(name)) for name, layer in self.layers.items()]
+        heads = [head for head in HEADS if head not in OPTIONAL or any(row[head] for row in rows)]
+        return heads, [[row[head] for head in heads] for row in rows]
+
+    def _totals(self) -> list[str]:
+        lines = [f"whole model: {self.params:,} params, {self.macs:,} MACs per example (batch of {self.batch_size})"]
+        lines += [f"no moments of {name or '(model)'}: {reason}" for name, reason in self.left_out.items()]
+        if self.times is not None:
+            lines.append(f"one pass of the whole model: {1e3 * self.times.whole:.4g} ms ({self.times.setting})")
+            lines += [f"no time of {name or '(model)'}: {reason}" for name, reason in self.times.left_out.items()]
+        return lines
 
     def metric(self, name: str, *, rows: bool = False) -> Metric | None:
         """Return the metric of a layer's inputs; None where it has no moments, or too few inputs were seen.
@@ -131,6 +156,18 @@ class Stats:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PlanError(f"not the JSON form of measured statistics ({error!r}): measure again") from error
+
+
+def _row(name: str, layer: LayerStats, time: LayerTime | None) -> dict[str, str]:
+    return {
+        "layer": name or "(model)",
+        "kind": layer.kind,
+        "params": f"{layer.params:,}",
+        "MACs": f"{layer.macs:,}",
+        "calls": str(len(layer.calls)),
+        "inputs": "" if layer.moments is None else f"{layer.moments.count:,}",
+        "ms": "" if time is None else f"{1e3 * time.dense:.4g}",
+    }
 
 
 def _read_layer(data: Mapping[str, Any]) -> LayerStats:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rankfold._common import Rank
+from rankfold._common import Rank, whole
 from rankfold.errors import DataError
 
 MOST_AXES = 2  # ranks with more entries are measured along their geometric mean
@@ -64,8 +64,7 @@ class Curve:
             raise DataError(f"{len(self.shares)} times of {self.method!r} for {math.prod(sizes)} measured ranks")
         if not all(math.isfinite(share) and share > 0 for share in self.shares):
             raise DataError(f"times of {self.method!r} are finite and above zero, not {self.shares!r:.80}")
-        if type(self.grain) is not int or self.grain < 1:
-            raise DataError(f"the grain of {self.method!r} is a whole number >= 1, not {self.grain!r}")
+        whole(f"the grain of {self.method!r}", self.grain, error=DataError)
         object.__setattr__(self, "_smooth", _monotone(np.array(self.shares, dtype=np.float64).reshape(sizes)))
 
     def share(self, rank: Rank) -> float:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rankfold._common import Arguments, batch_arguments, device_of, first_tensor, to_device
+from rankfold._common import Arguments, batch_arguments, device_of, first_tensor, to_device, whole
 from rankfold.errors import DataError
 from rankfold.layers import Rows, row_size, rows_of
 from rankfold.stats._moments import MEMORY, PATCHES
@@ -43,8 +43,8 @@ class Batch(NamedTuple):
 def check_request(request: Request, *, moments: bool) -> None:
     for name in ("batches", "patches", "memory"):
         value = getattr(request, name)
-        if value is not None and (type(value) is not int or value < 1):
-            raise DataError(f"{name}={value!r} is not a whole number >= 1")
+        if value is not None:
+            whole(name, value, error=DataError)
     given = [name for name in ("batches", "mask", "loss") if getattr(request, name) is not None]
     if given and not moments:
         raise DataError(f"{given[0]}= has a meaning for moments only: add moments=True")

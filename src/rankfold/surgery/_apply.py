@@ -6,37 +6,35 @@ from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rankfold._common import near, one_of
 from rankfold.errors import LayerError, PlanError, RankfoldError
 from rankfold.layers import (
     FactorisedLayer,
-    LowRankEmbedding,
     Metric,
     TiedHead,
     is_factorised,
-    layer_class,
     refusal,
-    stock_twin,
+    tied_methods,
     untwinned,
 )
 from rankfold.planning import (
     INITS,
-    TIED_METHODS,
     Blocks,
     Choice,
     Init,
     Plan,
+    Planning,
     block_modules,
     check_stats,
+    fitting,
     fresh_block,
     is_block,
     layer_seed,
-    near,
     planned_metric,
     run,
     solved_block,
@@ -48,7 +46,7 @@ from rankfold.planning import (
 from rankfold.stats import Stats, walk
 from rankfold.surgery._attention import joined_attention, with_named_projections
 from rankfold.surgery._copies import copy_with
-from rankfold.surgery._huggingface import register, remember
+from rankfold.surgery._huggingface import remember
 
 DENSE_TYPE = "_dense_type"  # the entry in a factorised layer of what it replaced, where that was no stock layer
 
@@ -71,8 +69,8 @@ def apply(
     plan: Plan,
     *,
     stats: Stats | None = None,
-    init: Init = "decompose",
-    seed: int = 0,
+    init: Init | None = None,
+    seed: int | None = None,
     executor: Executor | None = None,
     blocks: Blocks | None = None,
 ) -> nn.Module:
@@ -84,14 +82,16 @@ def apply(
     several places is replaced in all of them by one. Where a layer inside an `nn.TransformerEncoderLayer`
     is replaced, the copy's fused inference path, which reads dense weights, is switched off. Where the plan names
     a projection of an `nn.MultiheadAttention` ("attention.q_proj"), that attention is separated first, as
-    `separate_attention` does.
+    `separate_attention` does. A Hugging Face model keeps the plan in its configuration, which `save_pretrained`
+    writes; to load such a folder, see `rankfold.hub`.
 
     Args:
         model: the model that the plan was made for, or one of the same shape.
         plan: what becomes of each layer.
         stats: what the plan was made from, where its metric is of anything but the weights.
-        init: "decompose" the weights, or draw them at "random" to train from scratch.
-        seed: seed of whatever is random in a decomposition or an initialisation; that of `plan` gives its errors.
+        init: "decompose" the weights, or draw them at "random" to train from scratch; by default what was planned.
+        seed: seed of whatever is random in a decomposition or an initialisation; by default that of the plan, which
+            gives its errors.
         executor: build layers in parallel in this executor's workers; the result is the same.
         blocks: what the plan was made from, where it chose a layer for a block: a plan names it, and holds no values.
 
@@ -106,8 +106,9 @@ def apply(
         >>> small[0].rank, model[0].weight.shape
         (8, torch.Size([64, 64]))
     """
-    if init not in INITS:
-        raise PlanError(f"init={init!r} is neither 'decompose' nor 'random'")
+    how = plan.planning or Planning()
+    init, seed = how.init if init is None else init, how.seed if seed is None else seed
+    one_of("init", init, INITS, error=PlanError)
     if blocks and init == "random":
         raise PlanError("blocks= hold values that were found, and init='random' draws others: leave one of them out")
     model = with_named_projections(model, plan.layers)
@@ -127,9 +128,7 @@ def apply(
         if job.name in followers:
             replaced |= _following(new, followers[job.name], job)
     small = copy_with(model, replaced)
-    if remember(small):
-        with suppress(RankfoldError):  # an old version of transformers, which `rankfold.hub` would speak of
-            register(partial(apply, init="random"))
+    remember(small)
     return small
 
 
@@ -168,9 +167,9 @@ def densify(model: nn.Module, *, methods: str | Collection[str] = ()) -> nn.Modu
         'Linear'
     """
     wanted = (methods,) if isinstance(methods, str) else methods
-    found = [layer for _, layer in walk(model) if is_factorised(layer)]
+    found: list[Any] = [layer for _, layer in walk(model) if is_factorised(layer)]
     dense: dict[int, Any] = {id(layer): _dense(layer) for layer in found if not wanted or layer.method in wanted}
-    tables = {id(m.down): dense[id(m)] for m in model.modules() if isinstance(m, LowRankEmbedding) and id(m) in dense}
+    tables = {id(layer.down): dense[id(layer)] for layer in found if id(layer) in dense and _may_be_tied(layer)}
     for head in [module for module in model.modules() if isinstance(module, TiedHead)]:
         if id(head.down) in tables or not wanted:
             new: Any = _dense(head)
@@ -181,12 +180,16 @@ def densify(model: nn.Module, *, methods: str | Collection[str] = ()) -> nn.Modu
     return copied if wanted else joined_attention(copied)
 
 
+def _may_be_tied(layer: Any) -> bool:
+    return layer.dense_type is nn.Embedding and layer.method in tied_methods()
+
+
 def _following(embedding: Any, head: Any, job: _Replacement) -> dict[int, Any]:
     """Return what takes the place of the head of an embedding, and of its bias wherever else that is held."""
     bias: Any = False
     if head.bias is not None:
         bias = True if job.init == "random" else _corrected(head, embedding, job.metric)
-    new = embedding.tied_head(bias).train(head.training)
+    new: Any = TiedHead(embedding, bias).train(head.training)
     if head.bias is not None:
         new.bias.requires_grad_(head.bias.requires_grad)
     return {id(head): new} | _bias_of(head, new)
@@ -238,8 +241,8 @@ def _checked(  # noqa: PLR0913
         if reason:
             raise PlanError(f"layer {name!r} ({type(layer).__name__}) can't be replaced: {reason}")
         head = heads.get(name)
-        if head is not None and choice.method not in TIED_METHODS:
-            known = " or ".join(TIED_METHODS)
+        if head is not None and choice.method not in tied_methods():
+            known = " or ".join(tied_methods())
             raise PlanError(f"layer {name!r} is tied with {head!r}: {known} can replace both, {choice.method!r} can't")
         metric = planned_metric(plan, name, stats, layers, head) if init == "decompose" else None
         jobs.append(_checked_job(name, layer, choice, init, seed, metric))
@@ -288,22 +291,8 @@ def _unfit(layer: nn.Module, init: Init) -> str | None:
 def _checked_job(
     name: str, layer: nn.Module, choice: Choice, init: Init, seed: int, metric: Metric | None
 ) -> _Replacement:
-    try:
-        dense = stock_twin(layer)
-        cls = layer_class(dense, choice.method)
-        full = cls.full_rank(dense, **choice.options)
-        _check_rank(choice.rank, full)
-    except (TypeError, RankfoldError) as error:
-        raise PlanError(f"layer {name!r} ({type(layer).__name__}) and the plan: {error}") from error
+    dense, cls = fitting(name, layer, choice)
     return _Replacement(name, dense, cls, choice, init, layer_seed(name, seed), metric)
-
-
-def _check_rank(rank: Any, full: Any) -> None:
-    ranks, limits = (value if isinstance(value, tuple) else (value,) for value in (rank, full))
-    if isinstance(rank, tuple) != isinstance(full, tuple) or len(ranks) != len(limits):
-        raise PlanError(f"rank {rank!r} has another form than the full rank {full!r}")
-    if any(given > limit for given, limit in zip(ranks, limits, strict=True)):
-        raise PlanError(f"rank {rank!r} is beyond the full rank {full!r}: choose one up to it, or leave it dense")
 
 
 def _build(job: _Replacement) -> nn.Module:

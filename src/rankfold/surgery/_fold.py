@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,19 +15,12 @@ from torch.overrides import TorchFunctionMode
 
 from rankfold._common import device_of, example_arguments, tensors_in, to_device
 from rankfold.errors import LayerError
-from rankfold.layers import FlexibleActivation, is_factorised
+from rankfold.layers import DENSE_TYPES, FlexibleActivation, along_outputs, dense_type_of, hooks_of, is_factorised
 from rankfold.stats import left_alone, uncompiled
 from rankfold.surgery._copies import copy_with
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-NORMS: Mapping[type[nn.Module], tuple[type[nn.Module], ...]] = {
-    nn.BatchNorm1d: (nn.Linear, nn.Conv1d, nn.ConvTranspose1d),
-    nn.BatchNorm2d: (nn.Conv2d, nn.ConvTranspose2d),
-    nn.BatchNorm3d: (nn.Conv3d, nn.ConvTranspose3d),
-    nn.SyncBatchNorm: (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED),
-}
-"""Kinds of BatchNorm, and the layers whose outputs they normalise channel by channel."""
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+NORMS = frozenset(norm for row in DENSE_TYPES for norm in row.norms)
+"""Every kind of BatchNorm that normalises the outputs of some layer channel by channel."""
 ROUNDING = 10.0  # in roots of the machine precision: rounding in a deep network stays below, an error does not
 
 
@@ -192,7 +185,8 @@ def _foldable(model: nn.Module, pairs: list[tuple[nn.Module, Any]]) -> Iterator[
             owners[id(parameter)].add(id(module))
     for layer, norm in pairs:
         stage = _stage_of(layer)
-        if stage is None or type(stage) not in NORMS.get(type(norm), ()) or norm.num_features != _width(stage):
+        row = None if stage is None else dense_type_of(stage)
+        if row is None or type(norm) not in row.norms or norm.num_features != getattr(stage, row.outputs):
             continue
         tied = any(len(owners[id(parameter)]) > 1 for part in (layer, norm) for parameter in part.parameters())
         if not tied and all(_is_plain(part) for part in (*layer.modules(), norm)):
@@ -203,19 +197,14 @@ def _stage_of(layer: nn.Module) -> Any:
     """Return the stock layer that makes the outputs: the layer itself, or the last stage of a factorised one."""
     stages = list(layer.children()) if is_factorised(layer) else [layer]
     stage: Any = stages[-1] if stages else None
-    known = any(type(stage) in kinds for kinds in NORMS.values())
+    row = None if stage is None else dense_type_of(stage)
     # A stage that does not hold the bias of its layer does not make the outputs alone.
-    return stage if known and getattr(layer, "bias", None) is stage.bias else None
-
-
-def _width(stage: Any) -> int:
-    width: int = stage.out_features if isinstance(stage, nn.Linear) else stage.out_channels
-    return width
+    return stage if row is not None and row.norms and getattr(layer, "bias", None) is stage.bias else None
 
 
 def _is_plain(module: Any) -> bool:
     """Tell whether a module computes what its class does, from plain tensors."""
-    hooked = any(getattr(module, name) for name in HOOKS) or "forward" in vars(module)
+    hooked = bool(hooks_of(module)) or "forward" in vars(module)
     plain = all(type(parameter) is nn.Parameter for parameter in module._parameters.values() if parameter is not None)
     return plain and not hooked and not parametrize.is_parametrized(module)
 
@@ -230,19 +219,10 @@ def folded(layer: nn.Module, norm: Any) -> nn.Module:
         shift = -norm.running_mean.to(wide) * scale
         shift = shift if norm.bias is None else shift + norm.bias.to(wide)
         shift = shift if stage.bias is None else shift + scale * stage.bias.to(wide)
-        stage.weight.copy_(stage.weight.to(wide) * _along_outputs(stage, scale))
+        stage.weight.copy_(stage.weight.to(wide) * along_outputs(stage, scale))
         grad = stage.weight.requires_grad if stage.bias is None else stage.bias.requires_grad
         stage.bias = nn.Parameter(shift.to(stage.weight), requires_grad=grad)
     return new
-
-
-def _along_outputs(stage: Any, scale: Tensor) -> Tensor:
-    """Return a scale per output channel in a shape that multiplies the weight."""
-    if not isinstance(stage, TRANSPOSED):
-        return scale.reshape(-1, *[1] * (stage.weight.dim() - 1))
-    rows = scale.reshape(stage.groups, -1)  # weights are (in, out of a group, kernel…), the groups along the first
-    per_input = rows.repeat_interleave(stage.in_channels // stage.groups, dim=0)
-    return per_input.reshape(*per_input.shape, *[1] * (stage.weight.dim() - 2))
 
 
 def _check(model: nn.Module, folded: nn.Module, example: Any) -> None:

@@ -9,27 +9,25 @@ from typing import Any
 from torch import nn
 
 from rankfold.errors import LayerError, RankfoldError, StoreError
-from rankfold.layers import BLOCKS, PROJECTIONS, LowRankEmbedding, SeparateAttention, TiedHead, is_factorised
+from rankfold.layers import BLOCKS, PROJECTIONS, SeparateAttention, TiedHead, is_factorised, tied_methods
 from rankfold.planning import Choice, Plan
 
 # transformers lets a method of quantisation replace layers before the weights are loaded, and finds it by this entry
 ENTRY, METHOD = "quantization_config", "rankfold"
 TIES = ("_tied_weights_keys", "all_tied_weights_keys")  # where their models keep the names of tied parameters
-TABLES = (TiedHead, LowRankEmbedding)
 WEIGHT, FACTORS = ".weight", (".down.weight", ".up.weight")
 BASE = "transformers.modeling_utils.PreTrainedModel"
 Rebuild = Callable[[nn.Module, Plan], nn.Module]
 
 
-def remember(model: nn.Module) -> bool:
+def remember(model: nn.Module) -> None:
     """Write into the configuration of every Hugging Face model inside which layers are factorised, or that none is.
 
-    Returns whether one holds a plan now: `save_pretrained` then writes it, and `from_pretrained` needs `register`.
+    `save_pretrained` then writes it to the folder, and `from_pretrained` needs `register` to read it.
 
     Raises:
         LayerError: its configuration speaks of a quantised model.
     """
-    told = False
     retie(model)
     for module in _pretrained(model):
         config: Any = module.config
@@ -41,8 +39,6 @@ def remember(model: nn.Module) -> bool:
         elif _is_ours(before):
             delattr(config, ENTRY)
             vars(config).pop("_pre_quantization_dtype", None)  # of transformers 4: no JSON, and only beside the entry
-        told |= now is not None
-    return told
 
 
 def description(model: nn.Module) -> dict[str, Any] | None:
@@ -74,17 +70,23 @@ def _retied(known: Any, model: nn.Module) -> Any:
     def whole(name: str) -> str:
         """Return the name of a weight for that of one of its factors."""
         layer = next((name.removesuffix(end) for end in FACTORS if name.endswith(end)), None)
-        ours = isinstance(modules.get(layer or ""), TABLES)
+        ours = _in_stages(modules.get(layer or ""))
         return f"{layer}{WEIGHT}" if layer and (ours or name.removesuffix(WEIGHT) not in modules) else name
 
     found: dict[str, str] = {}
     for target, source in known.items() if isinstance(known, dict) else dict.fromkeys(known, "").items():
         head, table = (whole(name).removesuffix(WEIGHT) for name in (target, source))
-        if isinstance(modules.get(head), TABLES):
+        if _in_stages(modules.get(head)):
             found |= {f"{head}{end}": f"{table}{end}" for end in FACTORS}
         else:
             found[whole(target)] = whole(source)
     return found if isinstance(known, dict) else list(found)
+
+
+def _in_stages(module: Any) -> bool:
+    """Tell whether a module is an embedding of two stages, or a head that shares those of one."""
+    table = getattr(module, "dense_type", None) is nn.Embedding and module.method in tied_methods()
+    return table or isinstance(module, TiedHead)
 
 
 def plan_of(entry: Any) -> Plan:

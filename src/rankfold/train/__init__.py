@@ -1,4 +1,4 @@
-"""Training: recover what compression lost, train towards low rank, learn the activations of a block."""
+"""Training: recover accuracy after compression, train towards low rank, replace a block by a flexible layer."""
 
 from rankfold.train._batchnorm import reestimate_batchnorm
 from rankfold.train._distil_blocks import BlockFit, distil_blocks

@@ -1,4 +1,4 @@
-"""Batch statistics measured anew: what normalisation layers must see after their inputs have changed."""
+"""Re-estimate the statistics of BatchNorm layers, whose inputs have changed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rankfold._common import batch_arguments, device_of, evaluating, to_device
-from rankfold.errors import DataError, RankfoldError
+from rankfold._common import batch_arguments, device_of, evaluating, to_device, whole
+from rankfold.errors import DataError
 
 
 def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any], *, batches: int = 100) -> None:
@@ -21,19 +21,19 @@ def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any], *, batches: in
     With batch means m_i and unbiased batch variances v_i of n batches, the running mean becomes
     (m_1 + … + m_n) / n and the running variance (v_1 + … + v_n) / n, each layer fed by the layers before it
     normalised with their batch statistics. Nothing else in the model changes, its weights and modes
-    included; it often recovers most of what a one-shot compression lost, at the price of forward passes.
-    A model without such layers is left alone and the loader is not read.
+    included. This often recovers most of the accuracy lost in one-shot compression, at the cost of forward passes
+    only. If the model has no such layers, nothing is done and the loader is not read.
 
     Args:
-        model: The model, changed in place.
-        loader: Batches: tensors, tuples (inputs first) or dicts (keyword arguments); targets are not used. The
-            inputs must be as in training, augmentation included: the statistics are those of what is shown.
-        batches: How many batches to read at most; 100 to 500 are usual.
+        model: the model; it is changed in place.
+        loader: batches: tensors, tuples (inputs first) or dicts (keyword arguments); targets are not used. The
+            inputs should be those of training, with the same augmentation, because the statistics describe them.
+        batches: largest number of batches to read; 100 to 500 are usual.
 
     Raises:
-        RankfoldError: If `batches` is not a whole number above 0.
-        DataError: If the loader yields nothing, or the statistics come out as NaN or Inf; then, as after any
-            other exception, the old statistics are in place.
+        RankfoldError: `batches` is not a whole number >= 1.
+        DataError: the loader yields nothing, or the statistics are NaN or Inf. After this or any other exception
+            the old statistics are in place.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).eval()
@@ -42,8 +42,7 @@ def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any], *, batches: in
         >>> torch.allclose(model(x).mean(0), torch.zeros(8), atol=1e-5)
         True
     """
-    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
-        raise RankfoldError(f"batches is a whole number above 0, not {batches!r}")
+    whole("batches", batches)
     layers = batchnorms(model)
     if not layers:
         return
@@ -51,7 +50,7 @@ def reestimate_batchnorm(model: nn.Module, loader: Iterable[Any], *, batches: in
     with evaluating(model), _momentum_kept(layers), _statistics_unless_done(layers), torch.no_grad():
         for layer in layers:
             layer.reset_running_stats()
-            layer.momentum = None  # torch's word for the cumulative average
+            layer.momentum = None  # makes torch take the cumulative average
             layer.train()
         count = 0
         for batch in islice(loader, batches):
@@ -86,7 +85,7 @@ def _statistics_unless_done(layers: list[_BatchNorm]) -> Iterator[None]:
     old = [[tensor.clone() for tensor in _statistics(layer)] for layer in layers]
     try:
         yield
-    except BaseException:  # Ctrl-C too must not leave half an average behind
+    except BaseException:  # not even Ctrl-C may leave half an average behind
         for layer, tensors in zip(layers, old, strict=True):
             for now, before in zip(_statistics(layer), tensors, strict=True):
                 now.copy_(before)

@@ -1,4 +1,4 @@
-"""What changes while training: kept in memory to go back to, and on disk to go on from."""
+"""The state of a training run: in memory to go back to, and on disk to resume from."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ from rankfold.train.lowrank._method_file import split_state
 
 KEY = "rankfold_checkpoint"
 FORMAT = 1
-VOLATILE = ("progress", "checkpoint", "watch", "method")  # settings that a resumed run may change, or checks itself
+VOLATILE = (
+    "progress",
+    "checkpoint",
+    "watch",
+    "method",
+)  # settings that may change when a run is resumed, or that check themselves
 
 
 @dataclass(eq=False)
 class State:
-    """A training run between two epochs."""
+    """The state of a training run between two epochs."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -39,7 +44,7 @@ class State:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and buffer once, also those that `state_dict` leaves out."""
+    """Return every parameter and buffer once, including those that `state_dict` leaves out."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
@@ -50,14 +55,14 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Put the values of a snapshot back in place."""
+    """Copy the values of a snapshot back into the model."""
     for name, tensor in named_tensors(model).items():
         tensor.copy_(values[name])
 
 
 @contextmanager
 def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators, and put them back afterwards as if nothing had been drawn."""
+    """Seed torch's global generators, and restore their state afterwards."""
     before = _random_states(device)
     try:
         places = {"cpu": torch.device("cpu"), "device": device}
@@ -69,14 +74,14 @@ def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def loader_generators(loader: Any) -> list[torch.Generator]:
-    """Return the generators that a `DataLoader` was given by its user."""
+    """Return the generators that the user gave to a `DataLoader`."""
     sources = (loader, getattr(loader, "sampler", None))
     found = [getattr(source, "generator", None) for source in sources]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
 def settings(recipe: Recipe, **others: Any) -> dict[str, Any]:
-    """Return everything that a resumed run must have in common with the one that it continues."""
+    """Return all settings that a resumed run must share with the run that it continues."""
     values = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name not in VOLATILE}
     return {name: _name(value) if callable(value) else value for name, value in {**values, **others}.items()}
 
@@ -85,8 +90,8 @@ def write_checkpoint(path: str | os.PathLike[str], state: State, common: Mapping
     """Write a run to a file, atomically.
 
     Raises:
-        RankfoldError: If the optimiser keeps something else than tensors and numbers.
-        StoreError: If the file cannot be written.
+        RankfoldError: the state of the optimiser has something other than tensors and numbers.
+        StoreError: the file cannot be written.
     """
     optimizer = state.optimizer.state_dict()
     moments: dict[str, Tensor] = {}
@@ -126,11 +131,11 @@ def write_checkpoint(path: str | os.PathLike[str], state: State, common: Mapping
 
 
 def resume(path: str | os.PathLike[str], state: State, common: Mapping[str, Any]) -> None:
-    """Bring a run into the state that a checkpoint holds.
+    """Restore the state of a run from a checkpoint.
 
     Raises:
-        StoreError: If the file is damaged, or is of another model or of a run with other settings; then the model
-            is unchanged.
+        StoreError: the file is damaged, or belongs to another model or to a run with other settings; the model is
+            then unchanged.
     """
     tensors, texts = read_tensors(path)
     if KEY not in texts:

@@ -1,4 +1,4 @@
-"""Block distillation: each block of a compressed model learns from the same block of the original, one by one."""
+"""Block distillation: the blocks of a compressed model are trained one by one to match those of the original."""
 
 from __future__ import annotations
 
@@ -13,10 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from rankfold._common import batch_arguments, device_of, evaluating, first_tensor, to_device, track
+from rankfold._common import (
+    batch_arguments,
+    device_of,
+    evaluating,
+    first_tensor,
+    near,
+    one_of,
+    real,
+    to_device,
+    track,
+    whole,
+)
 from rankfold.errors import DataError, RankfoldError
 from rankfold.layers import is_factorised
-from rankfold.planning import near
 from rankfold.train._checkpoint import restore, snapshot
 from rankfold.train._fit import trained_groups
 from rankfold.train._recipe import Recipe
@@ -31,7 +41,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class BlockFit:
-    """What became of one block: the relative errors of its outputs over all batches, never above before."""
+    """The result for one block: relative errors of its outputs over all batches; `after` is never above `before`."""
 
     name: str
     before: float
@@ -51,32 +61,34 @@ def distil_blocks(  # noqa: PLR0913
     inputs: str = "student",
     recipe: Recipe = STANDARD,
 ) -> tuple[BlockFit, ...]:
-    """Train a model in place block by block, each towards what the teacher's block of the same name returns.
+    """Train a model in place, block by block, to match the outputs of the teacher's blocks of the same names.
 
-    Minimises `||f_t(x) - f_s(x')||^2 / ||f_t(x)||^2` for each block in the order of calls. x' is what the student's
-    block gets once those before it have been trained, so that each makes good what is left of their errors. No
-    labels are used, and gradients go through one block only. A block whose error does not fall keeps its weights. The
-    inputs and outputs of one block over all batches are in memory, and each model runs once per block.
+    Minimises `||f_t(x) - f_s(x')||^2 / ||f_t(x)||^2` for each block in the order in which they are called. x' is the
+    input of the student's block after the blocks before it have been trained, so each block also corrects the errors
+    that they leave. No labels are used, and gradients flow through one block only. A block whose error does not
+    decrease keeps its weights. The inputs and outputs of one block over all batches are held in memory, and both
+    models run over the data once per block.
 
     Args:
-        model: the student; it is trained on the device that it is on, in eval mode: BatchNorm keeps its statistics.
+        model: the student; it is trained on its own device and in eval mode, so BatchNorm keeps its statistics.
         teacher: the dense original; it is not changed.
-        loader: batches as in `fit`, read once and kept.
-        blocks: names of modules that both models have and call; by default the modules that own factorised layers,
-            or the layers themselves where the owner is the model or a plain container.
+        loader: batches: tensors, tuples (inputs first) or dicts (keyword arguments); they are read once and kept, and
+            targets are not used.
+        blocks: names of modules that both models have and call; by default the modules that contain factorised
+            layers, or the layers themselves if they are directly in the model or in a plain container.
         epochs: passes over the batches for each block.
         lr: highest learning rate.
-        inputs: "student", or "teacher" to train each block on the teacher's inputs x, without regard to the others.
-        recipe: optimiser, schedule, warm-up, clipping, weight decay, which weights ("factors" or all of a block), seed.
+        inputs: "student", or "teacher" to train each block on the teacher's inputs x, independently of the others.
+        recipe: optimiser, schedule, warm-up, clipping, weight decay, seed, and which weights of a block to train.
 
     Returns:
         One row per block.
 
     Raises:
-        DataError: the loader is empty, or an iterator, which may never end.
-        RankfoldError: settings out of range or without a meaning here, a block that is missing or not called, outputs
-            of other shapes, and a loss that is NaN or Inf. The block at hand then has its old weights, as after any
-            other exception.
+        DataError: the loader is empty, or is an iterator, which may never end.
+        RankfoldError: a setting is out of range or has no effect here, a block is missing or not called, the outputs
+            of two blocks differ in shape, or the loss is NaN or Inf. After this or any other exception the block being
+            trained has its old weights.
 
     Reference:
         Bai, Wu, King, Lyu 2020 (few-shot distillation, cross inputs); Li et al. 2020 (block-wise).
@@ -107,12 +119,9 @@ def distil_blocks(  # noqa: PLR0913
 
 
 def _checked(loader: Iterable[Any], epochs: int, lr: float, inputs: str, recipe: Recipe) -> list[Any]:
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise RankfoldError(f"epochs is a whole number above 0, not {epochs!r}")
-    if not 0 < lr < math.inf:
-        raise RankfoldError(f"lr is a number above 0, not {lr!r}")
-    if inputs not in INPUTS:
-        raise RankfoldError(f"inputs is one of {', '.join(INPUTS)}, not {inputs!r}")
+    whole("epochs", epochs)
+    real("lr", lr, ends="()")
+    one_of("inputs", inputs, INPUTS)
     unused = [f.name for f in fields(recipe) if f.name not in USED and getattr(recipe, f.name) != f.default]
     if unused:
         raise RankfoldError(f"Recipe({unused[0]}=…) has no meaning for blocks: leave it out, or use fit")
@@ -125,7 +134,7 @@ def _checked(loader: Iterable[Any], epochs: int, lr: float, inputs: str, recipe:
 
 
 def _owners(model: nn.Module) -> list[str]:
-    """Return the modules that own factorised layers, without those inside of others."""
+    """Return the modules that contain factorised layers, without those inside other such modules."""
     named = dict(model.named_modules())
     found = []
     for name, module in named.items():
@@ -169,7 +178,7 @@ def _run(model: nn.Module, batch: Any) -> None:
 def _recorded(model: nn.Module, block: nn.Module, data: Sequence[Any]) -> list[tuple[Call, Tensor | None]]:
     """Return the arguments of all calls of a block, and the first tensor that each returned.
 
-    They are copied, since what comes next may change them in place.
+    They are copied, because later modules may change them in place.
     """
     given: list[Call] = []
     returned: list[Tensor | None] = []
@@ -194,7 +203,7 @@ def _samples(
     wanted: Sequence[tuple[Call, Tensor | None]],
     device: torch.device,
 ) -> list[tuple[Call, Tensor]]:
-    """Return the arguments of each call on the student's device with what it should return."""
+    """Return the arguments of each call, on the student's device, with the output that it should return."""
     samples = []
     for (call, output), (_, target) in zip(given, wanted, strict=True):
         if output is None or target is None or output.shape != target.shape:
@@ -207,7 +216,7 @@ def _samples(
 def _train(
     name: str, block: nn.Module, samples: Sequence[tuple[Call, Tensor]], epochs: int, lr: float, recipe: Recipe
 ) -> BlockFit:
-    """Train one block, and take its old weights back where it did not get better."""
+    """Train one block, and restore its old weights if it did not improve."""
     began, before, old = time.perf_counter(), _error(block, samples), snapshot(block)
     groups = trained_groups(block, recipe.weight_decay, recipe.only)
     steps = 0
@@ -231,7 +240,7 @@ def _descend(
     recipe: Recipe,
     optimizer: torch.optim.Optimizer,
 ) -> int:
-    """Take a step per call and epoch, in an order drawn anew for each; return how many."""
+    """Take one step per call in each epoch, shuffled every epoch; return the number of steps."""
     scale = sum(float(target.double().square().sum()) for _, target in samples) / len(samples) or 1.0
     rates = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

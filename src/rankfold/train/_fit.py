@@ -1,4 +1,4 @@
-"""The one short training loop: recover what compression lost, or train a factorised model."""
+"""The training loop: recover accuracy after compression, or train a factorised model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold._common import batch_arguments, batch_target, device_of, modes_kept, to_device, track
+from rankfold._common import batch_arguments, batch_target, device_of, modes_kept, real, to_device, track, whole
 from rankfold.errors import DataError, RankfoldError, StoreError
 from rankfold.layers import TiedHead, is_factorised
 from rankfold.train._batchnorm import batchnorms, reestimate_batchnorm
@@ -44,32 +44,33 @@ def fit(
     evaluate: Callable[[nn.Module], float] | None = None,
     recipe: Recipe = STANDARD,
 ) -> History:
-    """Train a model in place, under a dense teacher where there is one.
+    """Train a model in place, optionally with a dense teacher.
 
     Minimises (1 - α) task + α T² KL(teacher || student) + λ/2 Σ ||W||², where W runs over the products of the
-    factorised layers. Before the first step the BatchNorm statistics are estimated anew. Batches without a target are
-    learnt from by distillation alone. Weights that do not require a gradient stay as they are; the train/eval flags
-    come back as they were, and so does torch's global random state.
+    factorised layers. The BatchNorm statistics are re-estimated before the first step. Batches without a target are
+    learnt from by distillation only. Weights that do not require a gradient are left as they are. Train/eval flags and
+    torch's global random state are restored at the end.
 
     Args:
-        model: The model; it is trained on the device that it is on.
-        loader: Batches, read once per epoch: tensors, tuples (inputs first, then the target) or dicts (keyword
-            arguments; the target is "labels" or "label").
-        teacher: The model to learn from, run in eval mode and left untouched; usually the dense original.
-        epochs: Passes over the loader.
-        lr: Highest learning rate; warm-up and schedule are in the recipe.
-        evaluate: Called with the model in eval mode after each epoch; returns a metric, higher is better.
-        recipe: Everything else: loss, temperature, decay, optimiser, checkpoint, seed, ….
+        model: the model; it is trained on its own device.
+        loader: batches, read once per epoch: tensors, tuples (inputs first, then the target) or dicts (keyword
+            arguments; the target is under "labels" or "label").
+        teacher: the model to learn from, usually the dense original; it runs in eval mode and is not changed.
+        epochs: number of passes over the loader.
+        lr: highest learning rate; warm-up and schedule are set in the recipe.
+        evaluate: a function that is called after each epoch with the model in eval mode and returns a metric; higher
+            is better.
+        recipe: everything else: loss, temperature, decay, optimiser, checkpoint, seed, ….
 
     Returns:
         One row per epoch: the loss and its terms, learning rate, metric, seconds.
 
     Raises:
-        DataError: If the loader yields nothing or can be read only once and is needed more often, or a batch has no
+        DataError: the loader yields nothing, or is an iterator although it is needed more than once, or a batch has no
             target and there is no teacher.
-        RankfoldError: For settings out of range, a teacher that shares weights with the model, and a loss that is NaN
-            or Inf; then the model is as it was after the last whole epoch.
-        StoreError: If the checkpoint cannot be written, is damaged or is of another run.
+        RankfoldError: a setting is out of range, the teacher shares weights with the model, or the loss is NaN or Inf;
+            the model is then as it was after the last complete epoch.
+        StoreError: the checkpoint cannot be written, is damaged, or belongs to another run.
 
     Reference:
         Hinton, Vinyals, Dean 2015 (distillation); Khodak et al. 2021 (decay of products).
@@ -111,7 +112,7 @@ def fit(
 
 
 class _Session:
-    """One call of `fit`: what stays the same during it, around the state that changes."""
+    """One call of `fit`: its fixed settings, around the state that changes."""
 
     def __init__(
         self,
@@ -194,7 +195,7 @@ class _Session:
     def _set_rate(self, epoch: int, step: int) -> None:
         """Set the learning rates of the step-th step, counted from 1, of an epoch, counted from 0.
 
-        Without the loader's length the schedule moves once per epoch.
+        If the length of the loader is not known, the schedule advances once per epoch.
         """
         within = min((step - 0.5) / self.steps, 1.0) if self.steps else 0.5
         factor = self.recipe.factor((epoch + within) / self.epochs)
@@ -219,7 +220,7 @@ class _Session:
         return distillation_loss(output, taught.to(self.state.device), self.recipe.temperature)
 
     def _step(self, loss: Tensor) -> str:
-        """Change the weights, unless something is NaN or Inf: return what, or an empty text."""
+        """Update the weights unless something is NaN or Inf; return what that is, or an empty string."""
         if not math.isfinite(loss.item()):
             return f"the loss ({loss.item()})"
         self.state.optimizer.zero_grad()
@@ -257,10 +258,8 @@ def _check(
     evaluates: bool,
     recipe: Recipe,
 ) -> None:
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise RankfoldError(f"epochs is a whole number above 0, not {epochs!r}")
-    if not 0 < lr < math.inf:
-        raise RankfoldError(f"lr is a number above 0, not {lr!r}")
+    whole("epochs", epochs)
+    real("lr", lr, ends="()")
     if recipe.keeps_best and not evaluates:
         name = "keep_best" if recipe.keep_best else "promise"
         raise RankfoldError(f"{name} needs evaluate=: a function that returns the metric of a model")
@@ -281,7 +280,7 @@ def _check(
 
 
 def trained_groups(model: nn.Module, weight_decay: float, only: str = "all") -> list[dict[str, Any]]:
-    """Return parameter groups: ordinary decay for dense weights, none for factors, biases and normalisation."""
+    """Return parameter groups: weight decay for dense weights, none for factors, biases and normalisation layers."""
     built = [layer for layer in model.modules() if is_factorised(layer) or isinstance(layer, TiedHead)]
     factors = {id(p) for layer in built for p in layer.parameters()}
     decayed: list[nn.Parameter] = []
@@ -294,10 +293,10 @@ def trained_groups(model: nn.Module, weight_decay: float, only: str = "all") -> 
 
 
 def _length(loader: Any) -> int | None:
-    """Return the number of batches in an epoch where the loader knows it."""
+    """Return the number of batches per epoch if the loader knows it."""
     try:
         return len(loader) or None
-    except TypeError:  # raised also by a DataLoader over an iterable dataset
+    except TypeError:  # also raised by a DataLoader of an iterable dataset
         return None
 
 

@@ -1,8 +1,7 @@
-"""A learning rate for every factor: what a tuned dense rate becomes for the cores of a factorised layer."""
+"""A learning rate for every factor, derived from the rate tuned for the dense model."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from rankfold._common import real
 from rankfold.errors import LayerError, RankfoldError
 from rankfold.layers import fan_ins, is_factorised
 
@@ -19,32 +19,32 @@ NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 def parameter_groups(
     model: nn.Module, *, lr: float, weight_decay: float | None = None, decay_all: bool = False
 ) -> list[dict[str, Any]]:
-    """Return the parameters of a model in groups with a learning rate each, for Adam and its relatives.
+    """Return the parameters of a model in groups, each with its own learning rate, for Adam and its relatives.
 
-    A step of Adam moves every entry by about the learning rate, whatever the gradient's size, so that an output
-    which adds up n inputs moves by n of them. A factor of fan-in n in a layer of k factors therefore takes
+    A step of Adam changes every entry by about the learning rate, whatever the size of the gradient, so an output
+    that is a sum over n inputs changes by about n times that. A factor of fan-in n in a layer of k factors gets
 
         lr * (n_dense / n) / k,
 
-    n_dense the fan-in of the dense layer: all of its factors together then move the output as far as the dense
-    layer would at `lr`, at every rank, and one tuned dense rate serves all ranks and methods. Dense layers, norms
-    and biases take `lr` itself. It presumes factors of the size that these layers are initialised with, whose
-    outputs keep the variance; factors of a decomposed weight are balanced otherwise, and layers in SVD form take
-    `lr` itself too. For SGD, whose step grows with the gradient, use one rate.
+    where n_dense is the fan-in of the dense layer. All factors of a layer together then change the output as much as
+    the dense layer would at `lr`, at every rank, so one tuned dense rate serves all ranks and methods. Dense layers,
+    norms, biases and layers in SVD form get `lr` itself. This assumes factors as they are initialised for training
+    from scratch, which preserve the variance; the factors of a decomposed weight have other scales. For SGD, whose
+    step grows with the gradient, use a single rate.
 
     Args:
-        model: any module; a parameter that occurs several times is in one group, once.
-        lr: the rate that suits the dense model.
-        weight_decay: of the weights; biases and norms get 0. None leaves it to the optimiser.
-        decay_all: whether biases and norms decay like weights.
+        model: any module; a parameter that occurs several times is listed once.
+        lr: the learning rate tuned for the dense model.
+        weight_decay: weight decay of the weights; biases and norms get 0. None leaves it to the optimiser.
+        decay_all: whether biases and norms decay like the weights.
 
     Returns:
-        Dicts with "params", "lr", "multiplier" (lr over that of the dense layers) and, where it is given,
-        "weight_decay"; in the order of the model's parameters.
+        Dicts with "params", "lr", "multiplier" (the rate divided by `lr`) and, if it is given, "weight_decay", in the
+        order of the model's parameters.
 
     Raises:
-        RankfoldError: a rate or a decay out of its range.
-        LayerError: a lazy parameter, which has no shape yet.
+        RankfoldError: the rate or the decay is out of range.
+        LayerError: a parameter is lazy and has no shape yet.
 
     Reference:
         Qiu, Potapczynski, Finzi, Goldblum, Wilson 2024, Compute better spent, section 3.
@@ -58,8 +58,7 @@ def parameter_groups(
         >>> optimizer = torch.optim.AdamW(groups)
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay or 0.0)):
-        if not 0 <= value < math.inf:
-            raise RankfoldError(f"{name} is 0 or more, not {value!r}")
+        real(name, value)
     if decay_all and weight_decay is None:
         raise RankfoldError("decay_all=True says what weight_decay is used on: give weight_decay too")
     multipliers = _multipliers(model)
@@ -86,7 +85,7 @@ def _multipliers(model: nn.Module) -> dict[int, float]:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
-    """Yield every parameter once, in the order of `model.parameters()`, and whether it decays."""
+    """Yield every parameter once, in the order of `model.parameters()`, and whether it is subject to weight decay."""
     kept = {id(p) for module in model.modules() if isinstance(module, NORMS) for p in module.parameters(recurse=False)}
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):

@@ -1,4 +1,4 @@
-"""The terms of the training loss: the task, the teacher, the size of the products."""
+"""The terms of the training loss: task, distillation, and decay of the products of factors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """One batch's loss and its terms, each before it is weighted; None where a term is not used."""
+    """The loss of one batch and its terms before weighting; None for a term that is not used."""
 
     loss: Tensor
     task: Tensor | None = None
@@ -32,9 +32,9 @@ class Terms:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the tensor of logits in what a model returns.
+    """Return the logits from the output of a model.
 
-    A tensor is the logits; of a mapping or an object it is `logits` or `out`; of a tuple the first entry.
+    That is the tensor itself, the entry or attribute `logits` or `out`, or the first entry of a tuple.
     """
     if isinstance(output, Tensor):
         return output
@@ -50,9 +50,9 @@ def logits_of(output: Any) -> Tensor:
 
 
 def task_loss(output: Any, target: Any, loss: Loss | None) -> Tensor | None:
-    """Return the task's loss, or None where a batch has no target.
+    """Return the task loss, or None if a batch has no target.
 
-    Without a function of the user's it is the loss that the model itself returned, else the cross-entropy.
+    Without a loss function this is the loss that the model itself returned, or else the cross-entropy.
     """
     if loss is not None:
         return loss(output, target)
@@ -69,8 +69,8 @@ def task_loss(output: Any, target: Any, loss: Loss | None) -> Tensor | None:
 def distillation_loss(output: Any, taught: Any, temperature: float) -> Tensor:
     """Return T² KL(softmax(teacher / T) || softmax(student / T)), averaged over the positions of a batch.
 
-    The classes are on axis 1 where a model returns a plain tensor, on the last axis where its output
-    is structured, as a language model's. Computed in float32 whatever the models compute in.
+    The classes are on axis 1 if the model returns a plain tensor, and on the last axis if its output is structured,
+    as with language models. Computed in float32 whatever dtype the models use.
 
     Reference: Hinton, Vinyals, Dean 2015, section 2.
     """
@@ -87,10 +87,10 @@ def distillation_loss(output: Any, taught: Any, temperature: float) -> Tensor:
 
 
 def product_decay(layers: Sequence[nn.Module]) -> Tensor:
-    """Return ½ Σ ||W||² over factorised layers, W being the product of a layer's factors.
+    """Return ½ Σ ||W||² over factorised layers, where W is the product of a layer's factors.
 
-    Reference: Khodak, Tenenholtz, Mackey, Fusi 2021, section 3.2 (Frobenius decay). The decay of each factor
-    alone is instead a nuclear norm of the product, which lowers the rank.
+    Reference: Khodak, Tenenholtz, Mackey, Fusi 2021, section 3.2 (Frobenius decay). Decaying
+    each factor separately would penalise the nuclear norm of the product instead, which lowers the rank.
     """
     norms = [layer.squared_norm() for layer in layers]  # type: ignore[operator]  # by the layers' contract
     return 0.5 * torch.stack([norm.float() for norm in norms]).sum()
@@ -105,7 +105,7 @@ def combine(  # noqa: PLR0913
     alpha: float,
     lam: float,
 ) -> Terms:
-    """Return (1 - alpha) task + alpha distillation + lam decay + penalty; without a target no task and no alpha."""
+    """Return (1 - alpha) task + alpha distillation + lam decay + penalty; without a target alpha is 1."""
     if task is None:
         if distillation is None:
             raise DataError("a batch has no target and there is no teacher: nothing to learn from")

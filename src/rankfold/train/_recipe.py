@@ -1,4 +1,4 @@
-"""How to train, and what came of it."""
+"""The settings and the history of a training run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rankfold.errors import RankfoldError
+from rankfold._common import html_table, one_of, real, text_table, whole
 from rankfold.train._losses import Loss
 from rankfold.train.lowrank._method import TrainingMethod
 
@@ -47,33 +47,34 @@ class Recipe:
     """The settings of `fit` that are rarely changed.
 
     Args:
-        optimizer: "adamw", "sgd" (Nesterov momentum 0.9), or a function of parameter groups and the learning
-            rate. AdamW is the default because its step does not depend on how the scale of a weight is spread over
-            its factors, which differs from layer to layer and from method to method.
-        schedule: "cosine" (to zero) or "constant", or a function of the share of the run done, from 0 to 1, that
+        optimizer: "adamw", "sgd" (with Nesterov momentum 0.9), or a function of parameter groups and the learning
+            rate. The default is AdamW, because its step does not depend on how the scale of a weight is distributed
+            over its factors, which differs between layers and methods.
+        schedule: "cosine" (to zero), "constant", or a function of the fraction of the run done, from 0 to 1, that
             returns a factor of the learning rate.
-        warmup: Share of all steps over which the learning rate rises from zero, 0 to 1.
-        loss: The task's loss as a function of the model's output and the target; the default is the loss that the
-            model itself returns, else the cross-entropy with integer classes.
-        temperature: T of the distillation.
-        alpha: Weight of the distillation beside the task, 0 to 1.
-        decay: Weight λ of the Frobenius decay λ/2 Σ ||W||² on the products of factorised layers.
-        weight_decay: Ordinary weight decay, of dense weights with two or more axes only.
-        clip: Largest norm of the gradient; `math.inf` for none.
-        batchnorm: Number of batches to re-estimate BatchNorm statistics on before the first step; 0 for none.
-        only: Which weights are trained: "all", or the "factors", those of factorised layers with their biases. Ranks
-            stay as they are.
-        keep_best: Whether to end with the weights of the epoch with the highest metric instead of the last's.
-        promise: Training ends after the epoch whose metric reaches this, or else with the best epoch's weights.
-        method: A low-rank training method of this model, such as `SVDTraining(model)`: its penalty joins the loss,
-            it is told of each step and each epoch, and training stops when it is finished.
-        watch: Called with the row of each epoch once that is over.
-        checkpoint: File to write after each epoch, and to resume from where it exists.
-        seed: Seeds dropout and a `DataLoader` that shuffles without a generator of its own.
-        progress: Whether to show a progress bar on a terminal.
+        warmup: fraction of all steps over which the learning rate rises from zero, 0 to 1.
+        loss: the task loss, a function of the model's output and the target; by default the loss that the model
+            itself returns, or else the cross-entropy with integer classes.
+        temperature: temperature T of the distillation.
+        alpha: weight of the distillation relative to the task, 0 to 1.
+        decay: weight λ of the Frobenius decay λ/2 Σ ||W||² on the products of factorised layers.
+        weight_decay: ordinary weight decay, for dense weights with two or more axes only.
+        clip: largest norm of the gradient; `math.inf` for no clipping.
+        batchnorm: number of batches on which BatchNorm statistics are re-estimated before the first step; 0 for none.
+        only: which weights to train: "all", or "factors", the weights and biases of factorised layers. Ranks do not
+            change.
+        keep_best: whether to end with the weights of the epoch with the highest metric instead of the last epoch.
+        promise: training ends after the first epoch whose metric is at least this, or else with the weights of the
+            best epoch.
+        method: a low-rank training method of this model, such as `SVDTraining(model)`: its penalty is added to the
+            loss, it is notified of each step and epoch, and training stops once it is finished.
+        watch: a function that is called with the row of each epoch when the epoch is over.
+        checkpoint: file to write after each epoch, and to resume from if it exists.
+        seed: seed for dropout, and for a `DataLoader` that shuffles without its own generator.
+        progress: whether to show a progress bar on a terminal.
 
     Raises:
-        RankfoldError: For a value out of its range.
+        RankfoldError: a value is out of range.
 
     Example:
         >>> Recipe(temperature=4.0, alpha=0.9).optimizer
@@ -100,30 +101,28 @@ class Recipe:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        ranges = {
-            "warmup": (0 <= self.warmup <= 1, "between 0 and 1"),
-            "temperature": (0 < self.temperature < math.inf, "above 0"),
-            "alpha": (0 <= self.alpha <= 1, "between 0 and 1"),
-            "decay": (0 <= self.decay < math.inf, "0 or more"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
-            "clip": (self.clip > 0, "above 0"),
-            "batchnorm": (self.batchnorm >= 0, "0 or more"),
-            "only": (self.only in ONLY, f"one of {', '.join(ONLY)}"),
-            "promise": (self.promise is None or math.isfinite(self.promise), "a finite number or None"),
-            "optimizer": (callable(self.optimizer) or self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
-            "schedule": (callable(self.schedule) or self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-        }
-        for name, (valid, allowed) in ranges.items():
-            if not valid:
-                raise RankfoldError(f"{name} is {allowed}, not {getattr(self, name)!r}")
+        for name in ("warmup", "alpha"):
+            real(name, getattr(self, name), most=1, ends="[]")
+        for name in ("decay", "weight_decay"):
+            real(name, getattr(self, name))
+        real("temperature", self.temperature, ends="()")
+        real("clip", self.clip, ends="(]")
+        whole("batchnorm", self.batchnorm, 0)
+        one_of("only", self.only, ONLY)
+        if self.promise is not None:
+            real("promise", self.promise, -math.inf, ends="()")
+        if not callable(self.optimizer):
+            one_of("optimizer", self.optimizer, OPTIMIZERS, other="a function of parameter groups and lr")
+        if not callable(self.schedule):
+            one_of("schedule", self.schedule, SCHEDULES, other="a function of the share done")
 
     @property
     def keeps_best(self) -> bool:
-        """Whether training ends with the best epoch's weights."""
+        """Whether training ends with the weights of the best epoch."""
         return self.keep_best or self.promise is not None
 
     def factor(self, done: float) -> float:
-        """Return what the learning rate is multiplied by once a share `done` of the run is over."""
+        """Return the factor of the learning rate after a fraction `done` of the run."""
         if done < self.warmup:
             return done / self.warmup
         schedule = self.schedule if callable(self.schedule) else SCHEDULES[self.schedule]
@@ -137,9 +136,9 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch of training: means over its batches, each term before it is weighted.
+    """One epoch of training: means over its batches, with each term before weighting.
 
-    `lr` is the learning rate of its last step; a term or metric that is not used is None.
+    `lr` is the learning rate of the last step. Terms and metrics that are not used are None.
     """
 
     epoch: int
@@ -153,9 +152,56 @@ class Epoch:
     penalty: float | None = None
 
 
+COLUMNS: Mapping[str, str] = MappingProxyType(  # of the printed table: the field of an epoch and its format
+    {
+        "epoch": "d",
+        "loss": ".4f",
+        "task": ".4f",
+        "distillation": ".4f",
+        "decay": ".4g",
+        "penalty": ".4g",
+        "metric": ".4f",
+        "lr": ".3g",
+        "seconds": ".1f",
+    }
+)
+
+
 @dataclass(frozen=True)
 class History:
-    """What a training run did: its epochs, and the number of the one whose weights the model ends with."""
+    """What a training run did; `print` shows it as a table, and a notebook does by itself.
+
+    Attributes:
+        epochs: one row per epoch.
+        kept: the number of the epoch whose weights the model ends with.
+
+    Example:
+        >>> print(History((Epoch(1, 0.5, 0.5, None, None, 1e-3, 0.75, 2.0),), kept=1))
+        epoch    loss    task  metric     lr  seconds
+        -----  ------  ------  ------  -----  -------
+            1  0.5000  0.5000  0.7500  0.001      2.0
+        <BLANKLINE>
+        weights kept: those of epoch 1
+    """
 
     epochs: tuple[Epoch, ...]
     kept: int
+
+    def __str__(self) -> str:
+        """Return the epochs as an aligned table; a column without values is left out."""
+        return "\n\n".join([text_table(*self._table()), self._ending()] if self.epochs else [self._ending()])
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table(), below=[self._ending()])
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        used = [name for name in COLUMNS if any(getattr(epoch, name) is not None for epoch in self.epochs)]
+        return used, [[_cell(epoch, name) for name in used] for epoch in self.epochs]
+
+    def _ending(self) -> str:
+        return f"weights kept: those of epoch {self.kept}" if self.epochs else "no epoch was trained"
+
+
+def _cell(epoch: Epoch, name: str) -> str:
+    value = getattr(epoch, name)
+    return "" if value is None else format(value, COLUMNS[name])

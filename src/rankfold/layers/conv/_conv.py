@@ -8,18 +8,18 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from rankfold.layers._contract import Call
+from rankfold.layers._dense import DENSE_TYPES
 
 Size = int | tuple[int, ...]
 ARGUMENTS = (
     *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"),
     *("groups", "bias", "padding_mode"),
 )
-STOCK: Mapping[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-CONVOLVE: Mapping[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+CONVOLVE: Mapping[int, Callable[..., Tensor]] = {row.axes: row.convolve for row in DENSE_TYPES if row.convolve}
 
 
 class ConvShape(NamedTuple):

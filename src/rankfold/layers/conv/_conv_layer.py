@@ -37,7 +37,7 @@ from rankfold.layers._contract import Call, Cost, Metric, Options, Rank, Spectru
 from rankfold.layers._metric import GroupMetric, corrected_bias, group_metrics
 from rankfold.layers._ranks import below, check_rank
 from rankfold.layers._twin import TwinLayer
-from rankfold.layers.conv._conv import STOCK, ConvShape, chain_macs, convolve, dense_twin, grouped
+from rankfold.layers.conv._conv import ConvShape, chain_macs, convolve, dense_twin, grouped
 from rankfold.layers.conv._conv_schedule import (
     ChainSchedule,
     Groups,
@@ -121,12 +121,11 @@ class FactorisedConv(TwinLayer):
         full = self.form.full_rank(shape, **options)
         self._rank, self._options = check_rank(type(self).__name__, rank, full), options
         stages = self.form.stages(shape, self._rank, **options)
-        kind = STOCK[len(shape.kernel_size)]
         self._stage_names, self._stages = tuple(stages), tuple(stages.values())
         self._chain = singles(self._stages)
-        self._expected = tuple((name, kind, stage.weight_shape) for name, stage in stages.items())
+        self._expected = tuple((name, self.dense_type, stage.weight_shape) for name, stage in stages.items())
         for name, stage in stages.items():
-            conv = kind(**stage.arguments(), device="meta", dtype=twin.weight.dtype)
+            conv = self.dense_type(**stage.arguments(), device="meta", dtype=twin.weight.dtype)
             self.add_module(name, place(conv, device))
         ends = combinations(range(len(stages) + 1), 2)
         self._merged = {(start, stop): merge(self._stages[start:stop]) for start, stop in ends if stop - start > 1}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankfold.decompose import separable, separable_errors, singular_values, svd
 from rankfold.layers._build import Device
-from rankfold.layers._contract import Options
+from rankfold.layers._contract import Options, Stages
 from rankfold.layers._matrix import product_norm
 from rankfold.layers._metric import GroupMetric
 from rankfold.layers._ranks import CANDIDATES, break_even, spread, tail_errors
@@ -129,6 +129,7 @@ _FORM = ConvForm(
 class _LowRankConv(FactorisedConv):
     form = _FORM
     method: ClassVar[str] = "svd"
+    stages: ClassVar[Stages | None] = Stages({"split": "channel"})
 
     def __init__(  # noqa: PLR0913 - the signature of the dense twin
         self,

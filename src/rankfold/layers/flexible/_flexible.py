@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 import torch
 from torch import Tensor, nn
 
+from rankfold._common import whole
 from rankfold.decompose import ELEMENTS, Basis, Coupled, Shapes, even_knots, values_of
 from rankfold.errors import LayerError
 from rankfold.layers._build import Device, copy_, fresh_bias_, named, place
@@ -58,9 +59,7 @@ class FlexibleActivation(nn.Module):
     ) -> None:
         super().__init__()
         self.basis = Basis(basis, size, element)
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise LayerError(f"{type(self).__name__}: rank={rank!r} is not an int >= 1")
-        self.rank = rank
+        self.rank = rank = whole(f"{type(self).__name__}: rank", rank, error=LayerError)
         shape = {"dtype": dtype, "device": device}
         self.coefficients = nn.Parameter(torch.empty(rank, self.basis.columns, **shape))  # type: ignore[arg-type]
         for name, size_of in {"knots": (self.basis.knots,), "stretch": (), "shift": ()}.items():
@@ -104,9 +103,8 @@ def _first_functions(basis: Basis) -> tuple[Tensor, Shapes]:
         coefficients[-1] = 1.0
         return coefficients, shapes
     u = torch.linspace(-1, 1, 201, dtype=torch.float64)[:, None]
-    functions = torch.cat(
-        [values_of(basis, u, shapes)[:, 0], torch.ones_like(u)], 1
-    )  # a constant is fitted too, and dropped
+    # a constant is fitted too, and dropped
+    functions = torch.cat([values_of(basis, u, shapes)[:, 0], torch.ones_like(u)], 1)
     return torch.linalg.lstsq(functions, torch.relu(u), driver="gelsd").solution[:-1, 0], shapes
 
 
@@ -228,7 +226,7 @@ class FlexibleLayer(nn.Module):
 
     @classmethod
     def from_linear(cls, layer: FlexibleLinear) -> Self:
-        """Return a layer that does along its channels what `FlexibleLinear` does along the last dim; values are copied."""
+        """Return a layer that does along its channels what `FlexibleLinear` does along the last dim; copies values."""
         make: Any = cls
         (out, _), (_, into) = layer.up.weight.shape, layer.down.weight.shape
         where: dict[str, Any] = {"device": "meta", "dtype": layer.down.weight.dtype}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rankfold.errors import LayerError
 from rankfold.layers._build import Device, named
+from rankfold.layers._dense import dense_type_of
 from rankfold.layers.flexible._flexible import FlexibleLayer
 
 POINTWISE = {"kernel_size": 1, "stride": 1, "padding": 0, "groups": 1}
@@ -111,7 +112,7 @@ class FlexibleConv3d(_FlexibleConv):
     channels: ClassVar[int] = -4
 
 
-def pointwise_twin(layer: nn.Module) -> nn.Linear:
+def pointwise_twin(layer: Any) -> nn.Linear:
     """Return the linear layer that a layer of a block applies to each row or position, sharing its weights.
 
     Raises:
@@ -123,7 +124,8 @@ def pointwise_twin(layer: nn.Module) -> nn.Linear:
     """
     if isinstance(layer, nn.Linear):
         return layer
-    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    row = dense_type_of(layer, subclasses=True)
+    if row is None or row.rows != "patches":
         raise LayerError(f"a {type(layer).__name__} is neither a linear layer nor a convolution of kernel 1")
     for name, wanted in POINTWISE.items():
         given: Any = getattr(layer, name)
@@ -136,5 +138,5 @@ def pointwise_twin(layer: nn.Module) -> nn.Linear:
             )
     twin = nn.Linear(layer.in_channels, layer.out_channels, device="meta")
     twin.weight = nn.Parameter(layer.weight.detach().flatten(1), requires_grad=False)
-    twin.bias = layer.bias  # type: ignore[assignment]
+    twin.bias = layer.bias
     return twin.train(layer.training)

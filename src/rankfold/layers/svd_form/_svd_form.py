@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rankfold.decompose import svd
 from rankfold.layers._build import Device, copy_, fill, finite_weight, fresh_bias_, laid_as, place, take_over
-from rankfold.layers._contract import Call, Cost, FactorisedLayer, Metric, Options, Rank, Spectrum
+from rankfold.layers._contract import Call, Cost, FactorisedLayer, Metric, Options, Rank, Spectrum, Stages
 from rankfold.layers._linear import LowRankLinear
 from rankfold.layers._matrix import product_norm
 from rankfold.layers._metric import corrected_bias, group_metrics, measured_errors, output_error
@@ -36,6 +36,8 @@ class SVDForm(TwinLayer):
     """
 
     method: ClassVar[str] = "svd_form"
+    only_trained: ClassVar[bool] = True  # a form to train in, never planned
+    stages: ClassVar[Stages | None] = Stages({"split": "channel"}, plain=False)  # the values are between the two
     plain: ClassVar[Any]  # the class of plain low-rank layers with the same stages
 
     down: Any

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfold._common import whole
 from rankfold.decompose import balanced_shape, bonds, pair_modes, tensor_train, tt_roundings
 from rankfold.errors import DecompositionError, LayerError
 from rankfold.layers._build import copy_
@@ -97,8 +98,7 @@ class TTForm:
 
     def rank_grid(self, multiple: int, dense: int) -> tuple[Rank, ...]:
         """Return caps (powers of two and halfway between, rounded to `multiple`) with fewer parameters than `dense`."""
-        if multiple < 1:
-            raise LayerError(f"{self.owner}: multiple={multiple} is not a positive int; 1 allows every rank")
+        whole(f"{self.owner}: multiple", multiple, error=LayerError, why="; 1 allows every rank")
         full = self.full_rank()
         powers = [2**k for k in range(full.bit_length())]
         steps = {-(-step // multiple) * multiple for power in powers for step in (power, power * 3 // 2)}

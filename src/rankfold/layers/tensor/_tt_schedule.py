@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from rankfold._common import real
 from rankfold.errors import LayerError
 from rankfold.layers.tensor._tt_order import BATCHES, Chain, Pair, Sweep, bucket, schedule_sweep
 
@@ -83,13 +84,11 @@ def checked_recompute(owner: str, recompute: object) -> float | None:
     """Return the option `recompute`, or raise a `LayerError`."""
     if recompute is None:
         return None
-    number = isinstance(recompute, (int, float)) and not isinstance(recompute, bool)
-    if not number or not 0 <= recompute < math.inf:  # type: ignore[operator]
-        raise LayerError(
-            f"{owner}: recompute={recompute!r} is not a number >= 0; it is how many times input and output the "
-            "intermediates may take before they are computed again in backward; None keeps them"
-        )
-    return recompute  # type: ignore[return-value]
+    why = (
+        "; it is how many times input and output the intermediates may take before they are computed again in "
+        "backward; None keeps them"
+    )
+    return real(f"{owner}: recompute", recompute, error=LayerError, why=why)
 
 
 def sweeps(chain: Chain, recompute: float | None) -> dict[bool, tuple[Sweep, ...]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from rankfold._common import batch_arguments, device_of, evaluating, to_device
-from rankfold.errors import DataError, LayerError, RankfoldError
+from rankfold.errors import DataError, LayerError
 from rankfold.layers import FlexibleLayer, block_class, pointwise_twin, stock_twin
 from rankfold.planning import block_modules, layer_refusal, structural_refusals
 from rankfold.surgery import NORMS, folded
@@ -311,10 +311,3 @@ def _agree(one: Tensor, other: Tensor) -> bool:
     if not one.is_floating_point() or not one.numel():
         return True  # indices of a tie may go either way
     return torch.allclose(one, other, rtol=AGREEMENT, atol=AGREEMENT * float(other.abs().max()), equal_nan=True)
-
-
-def checked_samples(samples: Any) -> int:
-    """Return a number of samples, or raise a `RankfoldError`."""
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
-        raise RankfoldError(f"samples is a whole number above 1, not {samples!r}")
-    return samples

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold._common import track
+from rankfold._common import track, whole
 from rankfold.decompose import Basis, svd
 from rankfold.errors import BudgetError, DataError, RankfoldError
 from rankfold.layers import FlexibleLayer, FlexibleLinear
-from rankfold.planning import Budget, Choice, Plan, SolvedBlock, block_choice, block_modules, check_apart
+from rankfold.planning import Amounts, Budget, Choice, Plan, SolvedBlock, block_choice, block_modules, check_apart
 from rankfold.stats import count_params, walk
 from rankfold.surgery import replace_block
-from rankfold.train.flexible._block_data import Block, checked_samples, read_block, sample_inputs
+from rankfold.train.flexible._block_data import Block, read_block, sample_inputs
 from rankfold.train.flexible._block_fit import fitted_to_values, value_error
 from rankfold.train.flexible._block_tensors import activation_of, affine_error, affordable, frame_of, solve_block
 
@@ -171,7 +171,7 @@ def flexible_candidates(  # noqa: PLR0913 (one keyword per choice)
     memory: float = MEMORY,
     seed: int = 0,
 ) -> dict[str, tuple[SolvedBlock, ...]]:
-    """Return, per block, a flexible layer of each rank for its place, for `plan(…, blocks=…)` to choose among.
+    """Return, per block, a flexible layer of each rank for its place, for plans with `Planning(blocks=…)`.
 
     There they compete with all that the layers of a block could become one by one; `apply` with the same `blocks` puts
     in the one that was chosen. The error of each is that of the block's values on held-out samples, relative to their
@@ -202,7 +202,7 @@ def flexible_candidates(  # noqa: PLR0913 (one keyword per choice)
         >>> data = [torch.randn(400, 8)] * 8
         >>> blocks = flexible_candidates(model, "0:2", data, ranks=(2, 6), samples=300)
         >>> stats = rf.measure(model, data, moments=True)
-        >>> plan = rf.plan(model, budget=rf.Budget(params=0.5), stats=stats, blocks=blocks)
+        >>> plan = rf.plan(model, budget=rf.Budget(params=0.5), stats=stats, planning=rf.Planning(blocks=blocks))
         >>> plan.layers["0:2"].rank, rf.apply(model, plan, stats=stats, blocks=blocks)[0].rank
         (6, 6)
     """
@@ -251,17 +251,11 @@ def _basis(options: dict[str, Any]) -> Basis:
     return Basis(options["basis"], options["size"], options.get("element", ""))
 
 
-def _check_rank(rank: Any) -> int:
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise RankfoldError(f"rank of a flexible layer is an int >= 1, not {rank!r}")
-    return rank
-
-
 def _check_ranks(ranks: Sequence[int]) -> None:
     if not ranks:
         raise RankfoldError("ranks= is empty: give at least one")
     for rank in ranks:
-        _check_rank(rank)
+        whole("rank of a flexible layer", rank)
 
 
 def _size(block: Block, options: dict[str, Any]) -> tuple[int, int]:
@@ -282,7 +276,7 @@ def _rank(  # noqa: PLR0913 (private; one caller)
     if (rank is None) == (budget is None):
         raise RankfoldError("give either rank= or budget=Budget(params=…), and not both")
     if budget is None:
-        return _check_rank(rank)
+        return whole("rank of a flexible layer", rank)
     if budget.params is None or len(budget.limits) > 1:
         raise BudgetError("the rank of a block follows from a budget on params alone: Budget(params=…)")
     total = count_params(model)
@@ -318,9 +312,8 @@ def _samples(  # noqa: PLR0913 (private; two callers)
     seed: int,
 ) -> _Parts:
     """Return the inputs of the block on the data, for so many samples and rows."""
-    samples, rows = checked_samples(counts[0]), counts[1]
-    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
-        raise RankfoldError(f"rows is a whole number, 0 for no fit of the values, not {rows!r}")
+    samples = whole("samples", counts[0], 2)
+    rows = whole("rows", counts[1], 0, why="; 0 leaves the values unfitted")
     found = sample_inputs(model, name, data, block, max(samples, rows), seed)
     both = found[:samples]
     solved, held = both[: len(both) - len(both) // HELD_OUT], both[len(both) - len(both) // HELD_OUT :]
@@ -347,12 +340,12 @@ def _plan(model: nn.Module, name: str, layer: FlexibleLayer, error: float, budge
     members = block_modules(model, name)
     choices: dict[str, Choice] = {}
     for key, outside in walk(model):
-        params = count_params(outside)
         if key not in members:
-            choices[key] = Choice("dense", params=params, error=0.0, dense_params=params)
+            amounts = Amounts(count_params(outside))
+            choices[key] = Choice("dense", amounts=amounts, dense=amounts, error=0.0)
         elif key == next(iter(members)):
             choices[name] = block_choice(model, name, SolvedBlock(layer, error))
-    return Plan(choices, budget=budget, dense_params=count_params(model))
+    return Plan(choices, budget=budget, dense=Amounts(count_params(model)))
 
 
 def _low_rank_error(block: Block, params: int, inputs: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Training methods inside the loops of others: callbacks for Lightning and for the Hugging Face Trainer."""
+"""Training methods inside other training loops: callbacks for Lightning and for the Hugging Face Trainer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FILE = "rankfold_method.safetensors"
 
 
 def lightning_callback(run: TrainingMethod) -> Any:
-    """Return a Lightning callback that applies a training method of the module that is trained, or of a part of it.
+    """Return a Lightning callback that applies a training method to the module being trained, or to a part of it.
 
-    The gradient of the penalty is added before each step of the optimiser: after gradients were accumulated, reduced
-    and unscaled, and before they are clipped. What the method remembers is in Lightning's checkpoints. Training
-    stops when the method is finished, and with an error at a loss that is NaN or Inf. For automatic optimisation with
-    one optimiser.
+    The gradient of the penalty is added before each optimiser step: after the gradients have been accumulated,
+    reduced and unscaled, and before they are clipped. The state of the method is part of Lightning's checkpoints.
+    Training stops when the method is finished, and raises an error if the loss is NaN or Inf. Needs automatic
+    optimisation with a single optimiser.
 
     Args:
         run: such as `SVDTraining(module.net)`.
@@ -74,12 +74,12 @@ def lightning_callback(run: TrainingMethod) -> Any:
 
 
 def trainer_callback(run: TrainingMethod) -> Any:
-    """Return a callback for the Hugging Face `Trainer` that applies a training method of the model that is trained.
+    """Return a callback for the Hugging Face `Trainer` that applies a training method to the model being trained.
 
-    The gradient of the penalty is added before each step of the optimiser, after gradients were clipped: it is not
-    clipped itself. With float16 leave `max_grad_norm` above 0, since the Trainer unscales gradients where it clips
-    them. What the method remembers is written into each checkpoint directory, and read when the Trainer resumes from
-    one. Training stops when the method is finished.
+    The gradient of the penalty is added before each optimiser step, after the gradients have been clipped, so it is
+    not clipped itself. With float16 keep `max_grad_norm` above 0, because the Trainer unscales gradients only where
+    it clips them. The state of the method is written to each checkpoint directory and read when the Trainer resumes
+    from one. Training stops when the method is finished.
 
     Args:
         run: such as `SVDTraining(model)`.

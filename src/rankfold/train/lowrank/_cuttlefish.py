@@ -1,4 +1,4 @@
-"""Cuttlefish: dense warm-up until the stable ranks stand still, then low-rank layers of these ranks."""
+"""Cuttlefish: dense warm-up until the stable ranks settle, then low-rank layers at ranks derived from them."""
 
 from __future__ import annotations
 
@@ -7,35 +7,36 @@ from typing import final
 
 from torch import nn
 
+from rankfold._common import real, whole
 from rankfold.ranks import stable_rank
 from rankfold.train.lowrank._dense_method import DenseMethod
 from rankfold.train.lowrank._method import State
-from rankfold.train.lowrank._targets import Patterns, checked_amount, checked_count
+from rankfold.train.lowrank._targets import Patterns
 
 
 @final
 class Cuttlefish(DenseMethod):
-    """Train a dense model until its stable ranks stop changing, then factorise it at ranks that follow from them.
+    """Train a dense model until its stable ranks stop changing, then factorise it at ranks derived from them.
 
-    The stable rank `||W||_F² / ||W||_2²` of every layer is taken after each epoch. `finished` is true from epoch
-    `earliest` on once, for every layer, the mean size of the changes of the smoothed curve over the last `window`
-    epochs is at most `tolerance`. The rank of a layer is ceil(c * stable rank), c = full rank / stable rank before
-    training: a layer whose spectrum decays as it did at the start keeps its full rank, and then stays dense. Which
-    layers are worth factorising by measured time, as the paper has it, is left to `exclude`.
+    The stable rank `||W||_F² / ||W||_2²` of every layer is computed after each epoch. From epoch `earliest` on,
+    `finished` is true once the smoothed stable rank of every layer has changed by at most `tolerance` per epoch, on
+    average over the last `window` epochs. The rank of a layer is ceil(c * stable rank), where c is its full rank
+    divided by its stable rank before training: a layer whose spectrum decays no faster than at the start keeps its
+    full rank and stays dense. The paper also measures which layers are worth factorising; use `exclude` for that.
 
     Args:
         model: a dense model; it is trained in place.
-        earliest: first epoch after which the switch may come.
-        window: epochs over which a curve must be flat.
+        earliest: first epoch after which the model may be factorised.
+        window: number of epochs over which the stable ranks must be flat.
         smoothing: span of the exponential moving average, in epochs.
-        tolerance: largest mean change of a stable rank per epoch.
+        tolerance: largest mean change of a stable rank per epoch that counts as flat.
         split: how kernels are split, "spatial" or "channel".
-        include: names or patterns of the only layers to work on; all of them if empty.
+        include: names or patterns of the layers to work on; all layers if empty.
         exclude: names or patterns of layers to leave alone.
 
     Raises:
         LayerError: no layer can be trained for low rank.
-        RankfoldError: a value out of its range.
+        RankfoldError: a value is out of range.
 
     Reference:
         Wang et al. 2023, Cuttlefish: low-rank model training without all the tuning.
@@ -60,16 +61,16 @@ class Cuttlefish(DenseMethod):
         include: Patterns = (),
         exclude: Patterns = (),
     ) -> None:
-        self.earliest = checked_count("earliest", earliest)
-        self.window = checked_count("window", window)
-        self.smoothing = checked_count("smoothing", smoothing)
-        self.tolerance = checked_amount("tolerance", tolerance)
+        self.earliest = whole("earliest", earliest)
+        self.window = whole("window", window)
+        self.smoothing = whole("smoothing", smoothing)
+        self.tolerance = real("tolerance", tolerance)
         super().__init__(model, split, include, exclude)
         self.stable_ranks = {name: [rank] for name, rank in self._stable().items()}
 
     @property
     def finished(self) -> bool:
-        """Whether the stable rank of every layer stands still."""
+        """Whether the stable rank of every layer has settled."""
         enough = self.epochs >= max(self.earliest, self.window)
         return enough and all(self._change(curve) <= self.tolerance for curve in self.stable_ranks.values())
 
@@ -77,7 +78,7 @@ class Cuttlefish(DenseMethod):
         return {name: stable_rank(values) for name, values in self.spectrum().items()}
 
     def _change(self, curve: list[float]) -> float:
-        """Return the mean |change| per epoch at the end of a curve, smoothed."""
+        """Return the mean absolute change per epoch at the end of the smoothed curve."""
         keep, smooth = 2 / (self.smoothing + 1), [curve[0]]
         for value in curve[1:]:
             smooth.append(keep * value + (1 - keep) * smooth[-1])
@@ -93,7 +94,7 @@ class Cuttlefish(DenseMethod):
         ranks = {}
         for name, curve in self.stable_ranks.items():
             full = self.full_rank(name)
-            # the rounding keeps a rank that has not changed from being one more
+            # rounded first, so that a rank that has not changed is not raised by one
             ranks[name] = min(full, max(1, math.ceil(round(curve[-1] * full / curve[0], 6))))
         return ranks
 

@@ -1,4 +1,4 @@
-"""What the methods that train a dense model share: which layers they work on."""
+"""What all methods that train a dense model have in common: which layers they work on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DenseMethod(TrainingMethod):
         return unwrapped(self.model)
 
     def full_rank(self, name: str) -> int:
-        """Return the full rank of a layer, of each group where there are groups."""
+        """Return the full rank of a layer; with groups, that of each group."""
         return min(self.matrices(name).shape[1:])
 
     def matrices(self, name: str) -> Tensor:
@@ -29,16 +29,16 @@ class DenseMethod(TrainingMethod):
         return matrices_of(self.layers[name], self.options[name])
 
     def write(self, name: str, matrices: Tensor) -> None:
-        """Give a layer the weight that these matrices are."""
+        """Set the weight of a layer from matrices (groups, rows, columns)."""
         write_matrices(self.layers[name], matrices, self.options[name])
 
 
 def named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Return tensors by layer as entries of a state."""
+    """Return one tensor per layer as entries of a state dict."""
     return {f"{prefix}.{name}": value for name, value in tensors.items()}
 
 
 def taken(prefix: str, state: State) -> dict[str, Tensor]:
-    """Take the tensors by layer that `named` wrote out of a state."""
+    """Return the tensors per layer that `named` put into a state dict."""
     keys = [key for key in state if key.startswith(f"{prefix}.")]
     return {key.removeprefix(f"{prefix}."): state.pop(key).clone() for key in keys}

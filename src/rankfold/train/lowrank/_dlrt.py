@@ -1,4 +1,4 @@
-"""Dynamical low-rank training: steps on the manifold of low-rank weights, with a rank that adapts both ways."""
+"""Dynamical low-rank training: steps on the manifold of low-rank weights, with a rank that can grow and shrink."""
 
 from __future__ import annotations
 
@@ -7,37 +7,38 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from rankfold._common import real
 from rankfold.ranks import energy as rank_of_energy
 from rankfold.train.lowrank._dense_method import DenseMethod, named, taken
 from rankfold.train.lowrank._method import State
-from rankfold.train.lowrank._targets import Patterns, checked_share, mean_spectrum, svd_of
+from rankfold.train.lowrank._targets import Patterns, mean_spectrum, svd_of
 
 Factors = tuple[Tensor, Tensor, Tensor]  # U (groups, rows, r), S (groups, r, r), Vᵀ (groups, r, columns)
 
 
 @final
 class DLRT(DenseMethod):
-    """Keep the weights at low rank from the first step on, by splitting each step into one of bases and one of S.
+    """Keep the weights at low rank from the first step on, alternating between steps of the bases and steps of S.
 
-    A weight is W = U S Vᵀ. Two steps D, D' of the optimiser make one step on the manifold. The first moves the bases:
+    A weight is W = U S Vᵀ. Two optimiser steps D and D' make one step on the manifold. The first moves the bases:
 
         K = U S + D V,  L = V Sᵀ + Dᵀ U,  U^ = orth [K | U],  V^ = orth [L | V],  S^ = U^ᵀ W V^,
 
-    and leaves W as it was; the second moves S^ + U^ᵀ D' V^, of twice the rank, and truncates it to the smallest r with
-    sqrt(sum_{i>r} s_i²) <= tolerance * ||s||. With plain gradient descent these are the K, L and S steps of the paper,
-    the last on a batch of its own; any optimiser will do, and small singular values do no harm. The forward and the
-    backward are those of the dense model: what is saved comes with `prune`.
+    and leaves W unchanged; the second moves the core to S^ + U^ᵀ D' V^, of twice the rank, and truncates it to the
+    smallest r with sqrt(sum_{i>r} s_i²) <= tolerance * ||s||. With plain gradient descent these are the K, L and S
+    steps of the paper, the last one on its own batch. Any optimiser works, and small singular values do no harm.
+    The forward and backward passes are those of the dense model; the savings come with `prune`.
 
     Args:
-        model: a dense model; it is trained in place, and cut to low rank at once.
-        tolerance: relative error of a truncation, 0 <= x < 1.
+        model: a dense model; it is trained in place, and truncated to low rank right away.
+        tolerance: relative error allowed in a truncation, 0 <= x < 1.
         split: how kernels are split, "spatial" or "channel".
-        include: names or patterns of the only layers to work on; all of them if empty.
+        include: names or patterns of the layers to work on; all layers if empty.
         exclude: names or patterns of layers to leave alone.
 
     Raises:
         LayerError: no layer can be trained for low rank.
-        RankfoldError: a value out of its range.
+        RankfoldError: a value is out of range.
 
     Reference:
         Schotthöfer, Zangrando, Kusch, Ceruti and Tudisco 2022, Low-rank lottery tickets, algorithm 1.
@@ -58,7 +59,7 @@ class DLRT(DenseMethod):
         include: Patterns = (),
         exclude: Patterns = (),
     ) -> None:
-        self.tolerance = checked_share("tolerance", tolerance, least_open=False)
+        self.tolerance = real("tolerance", tolerance, most=1)
         super().__init__(model, split, include, exclude)
         self._factors = {name: self._truncated(*svd_of(self.matrices(name))) for name in self.layers}
         self._augmented = False
@@ -79,7 +80,7 @@ class DLRT(DenseMethod):
         self._write_all()
 
     def _move_bases(self, moved: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> Factors:
-        """Take the K and the L step, and return W in the bases that hold both."""
+        """Take the K step and the L step, and return W in the bases that span both."""
         step = moved - u @ s @ vh
         rows = _basis(u @ s + step @ vh.mT, u)
         columns = _basis(vh.mT @ s.mT + step.mT @ u, vh.mT)
@@ -92,7 +93,7 @@ class DLRT(DenseMethod):
         return u @ left, values, right @ vh
 
     def _own_ranks(self) -> dict[str, int]:
-        """Return the ranks of now."""
+        """Return the current ranks."""
         return {
             name: rank_of_energy(values, 1 - self.tolerance**2) if self._augmented else len(values)
             for name, values in self.spectrum().items()
@@ -115,6 +116,6 @@ class DLRT(DenseMethod):
 
 
 def _basis(moved: Tensor, old: Tensor) -> Tensor:
-    """Return an orthonormal basis of the columns of both."""
+    """Return an orthonormal basis for the columns of both matrices."""
     q: Tensor = torch.linalg.qr(torch.cat([old, moved], dim=2)).Q
     return q

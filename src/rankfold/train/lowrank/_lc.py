@@ -1,4 +1,4 @@
-"""Learning the rank by alternating a step of learning with a step of compression (LC)."""
+"""Learn the ranks by alternating between learning and compression steps (LC)."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import RankfoldError
+from rankfold._common import real, whole
 from rankfold.layers import layer_class, stock_twin
 from rankfold.stats import Stats
 from rankfold.train.lowrank._dense_method import DenseMethod, named, taken
 from rankfold.train.lowrank._method import State
 from rankfold.train.lowrank._pruning import stats_of
-from rankfold.train.lowrank._targets import Patterns, checked_amount, checked_count, mean_spectrum, svd_of, weight_of
+from rankfold.train.lowrank._targets import Patterns, mean_spectrum, svd_of, weight_of
 
 
 @final
 class LC(DenseMethod):
-    """Pull the weights towards low-rank matrices whose ranks are chosen anew, exactly, every few steps.
+    """Pull the weights towards low-rank matrices whose ranks are optimised again every few steps.
 
     The L step trains loss + μ/2 sum_l ||W_l - Θ_l - Λ_l/μ||². The C step, every `every` steps, sets Θ_l to the
     truncated SVD of W_l - Λ_l/μ at the rank that minimises strength * cost(r) + μ/2 sum_{i>r} s_i², then
-    Λ_l <- Λ_l - μ (W_l - Θ_l) and μ <- growth * μ. cost is the share of the dense layers' parameters, or of their MACs
-    where there is an example: a component stays where s² > 2 strength * cost(1) / μ. As μ grows ranks rise and W comes
-    close to Θ.
+    Λ_l <- Λ_l - μ (W_l - Θ_l) and μ <- growth * μ. The cost is a fraction of the dense layers' parameters, or of their
+    MACs if there is an example; a component is kept if s² > 2 strength * cost(1) / μ. As μ grows, the ranks rise and W
+    approaches Θ.
 
     Args:
         model: a dense model; it is trained in place.
-        strength: weight of the cost against the loss.
-        mu: the first μ.
-        growth: factor of μ from one C step to the next, at least 1; 1.1 to 1.4 are usual.
-        every: steps of the optimiser from one C step to the next.
-        example: one input of the model: the cost is then MACs.
+        strength: weight of the cost relative to the loss.
+        mu: initial value of μ, above 0.
+        growth: what μ is multiplied by after each C step, at least 1; 1.1 to 1.4 are usual.
+        every: number of optimiser steps between C steps.
+        example: one input of the model; the cost is then in MACs instead of parameters.
         split: how kernels are split, "spatial" or "channel".
-        include: names or patterns of the only layers to work on; all of them if empty.
+        include: names or patterns of the layers to work on; all layers if empty.
         exclude: names or patterns of layers to leave alone.
 
     Raises:
         LayerError: no layer can be trained for low rank.
-        RankfoldError: a value out of its range.
+        RankfoldError: a value is out of range.
 
     Reference:
         Idelbayev and Carreira-Perpiñán 2020, Low-rank compression of neural nets: learning the rank of each layer.
@@ -65,11 +65,10 @@ class LC(DenseMethod):
         include: Patterns = (),
         exclude: Patterns = (),
     ) -> None:
-        self.strength = checked_amount("strength", strength)
-        self.every = checked_count("every", every)
-        if checked_amount("mu", mu) == 0 or checked_amount("growth", growth) < 1:
-            raise RankfoldError(f"mu is above 0 and growth at least 1, not {mu!r} and {growth!r}")
-        self.mu, self.growth = mu, growth
+        self.strength = real("strength", strength)
+        self.every = whole("every", every)
+        self.mu = real("mu", mu, ends="()")
+        self.growth = real("growth", growth, 1)
         super().__init__(model, split, include, exclude)
         self._costs = self._cost_of_a_rank(stats_of(self.dense(), example))
         self._multipliers = {name: torch.zeros_like(self.matrices(name)) for name in self.layers}
@@ -86,7 +85,7 @@ class LC(DenseMethod):
         return {"distance": 0.5 * self.mu * torch.stack(distances).sum()}
 
     def _cost_of_a_rank(self, stats: Stats | None) -> dict[str, float]:
-        """Return what one more rank costs in each layer, as a share of what all the dense layers do."""
+        """Return what each additional rank costs per layer, as a fraction of the cost of all dense layers."""
         costs, total = {}, 0
         for name, layer in self.layers.items():
             twin = stock_twin(layer)
@@ -98,7 +97,7 @@ class LC(DenseMethod):
 
     @torch.no_grad()
     def _compress(self) -> None:
-        """Take the C step at the μ and Λ of now."""
+        """Take a C step with the current μ and Λ."""
         for name, cost in self._costs.items():
             u, s, vh = svd_of(self.matrices(name) - self._multipliers[name] / self.mu)
             least = math.sqrt(2 * self.strength * cost / self.mu)
@@ -115,7 +114,7 @@ class LC(DenseMethod):
         self.mu *= self.growth
 
     def _own_ranks(self) -> dict[str, int]:
-        """Return the ranks of the last C step."""
+        """Return the ranks found by the last C step."""
         return dict(self._ranks_found)
 
     def _state(self) -> State:

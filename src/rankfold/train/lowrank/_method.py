@@ -1,4 +1,4 @@
-"""What every low-rank training method offers to a training loop, whatever it does inside."""
+"""The interface that every low-rank training method offers to a training loop."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfold._common import real
 from rankfold.errors import RankfoldError, StoreError
 from rankfold.layers import Options
 from rankfold.planning import Budget, Plan
 from rankfold.ranks import energy as rank_of_energy
 from rankfold.surgery import apply
 from rankfold.train.lowrank._pruning import plan_of_budget, plan_of_ranks, stats_of
-from rankfold.train.lowrank._targets import checked_share, layers_of, matrices_of, mean_spectrum
+from rankfold.train.lowrank._targets import layers_of, matrices_of, mean_spectrum
 
 State = dict[str, Any]
 
 
 class TrainingMethod(ABC):
-    """A way of training after which the layers of a model have low rank.
+    """A method of training that gives the layers of a model low rank.
 
-    In a loop: add `penalty()` to the loss (`total(loss)` does, and stops at NaN), call `step()` after each step of the
-    optimiser and `epoch()` after each epoch, stop when `finished` is true (where the method knows), then `prune()`. A
-    loop whose loss cannot be changed calls `backward()` between its own backward and the step of the optimiser instead.
+    In a training loop, add `penalty()` to the loss (`total(loss)` does that, and raises an error at NaN), call
+    `step()` after each optimiser step and `epoch()` after each epoch, and stop once `finished` is true, if the method
+    has a stopping criterion. Then call `prune()`. If the loss cannot be changed, call `backward()` between the
+    backward pass and the optimiser step instead.
 
     Attributes:
-        model: the model in training, as it was given.
-        options: per layer that the method works on, how its weight is split into two.
-        layers: these layers.
-        steps: steps of the optimiser so far.
-        epochs: epochs so far.
+        model: the model being trained, as it was given.
+        options: for each layer that the method works on, how its weight is split into two factors.
+        layers: these layers by name.
+        steps: number of optimiser steps so far.
+        epochs: number of epochs so far.
     """
 
     def __init__(self, model: nn.Module, options: Mapping[str, Options]) -> None:
@@ -45,26 +47,26 @@ class TrainingMethod(ABC):
 
     @abstractmethod
     def dense(self) -> nn.Module:
-        """Return the model with stock layers only where the method works; its weights are those of now."""
+        """Return the model with its current weights, all layers that the method works on as stock layers."""
 
     @property
     def finished(self) -> bool:
-        """Whether the method says that it is time to prune; False where it leaves that to its user."""
+        """Whether it is time to prune; always False for a method that leaves the decision to the user."""
         return False
 
     def terms(self) -> dict[str, Tensor]:
-        """Return the terms of the penalty, each weighted; empty where the method has none."""
+        """Return the weighted terms of the penalty; empty if the method has none."""
         return {}
 
     def penalty(self) -> Tensor:
-        """Return the sum of the terms to add to the loss: a scalar in float32, 0 where the method has no penalty."""
+        """Return the penalty to add to the loss: a float32 scalar, 0 if the method has none."""
         terms = self.terms()
         if terms:
             return torch.stack(list(terms.values())).sum()
         return torch.zeros((), device=next(iter(self.layers.values())).weight.device)
 
     def total(self, loss: Tensor) -> Tensor:
-        """Return loss + penalty, once both are known to be finite.
+        """Return loss + penalty after checking that both are finite.
 
         Raises:
             RankfoldError: one of them is NaN or Inf; the message names the step.
@@ -79,10 +81,10 @@ class TrainingMethod(ABC):
         return total
 
     def backward(self) -> None:
-        """Add the gradient of the penalty to the `.grad` of the parameters, past the hooks of any wrapper.
+        """Add the gradient of the penalty to the `.grad` of the parameters, bypassing the hooks of any wrapper.
 
-        For loops whose loss is out of reach: once a step, after their backward (and after `scaler.unscale_` where a
-        gradient scaler is used), before the step of the optimiser.
+        For training loops whose loss cannot be changed. Call it once per step, after the backward pass (and after
+        `scaler.unscale_`, if there is a gradient scaler) and before the optimiser step.
         """
         parameters = [p for layer in self.layers.values() for p in layer.parameters() if p.requires_grad]
         with torch.enable_grad():
@@ -96,22 +98,22 @@ class TrainingMethod(ABC):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Tell the method that the optimiser has taken a step."""
+        """Notify the method of an optimiser step."""
         self.steps += 1
         self._after_step()
 
     @torch.no_grad()
     def epoch(self) -> None:
-        """Tell the method that an epoch is over."""
+        """Notify the method of the end of an epoch."""
         self.epochs += 1
         self._after_epoch()
 
     def spectrum(self) -> dict[str, Tensor]:
-        """Return the singular values of every layer now, descending, in float64; over groups their root mean square."""
+        """Return the current singular values of every layer, in float64, descending; root mean square over groups."""
         return {name: mean_spectrum(values) for name, values in self._values().items()}
 
     def _values(self) -> dict[str, Tensor]:
-        """Return singular values (groups, rank) per layer."""
+        """Return the singular values (groups, rank) of each layer."""
         return {
             name: torch.linalg.svdvals(matrices_of(layer, self.options[name])) for name, layer in self.layers.items()
         }
@@ -119,20 +121,20 @@ class TrainingMethod(ABC):
     def prune(
         self, *, energy: float | None = None, budget: Budget | None = None, example: Any = None
     ) -> tuple[nn.Module, Plan]:
-        """Return a new model of plain low-rank layers, and its plan; the model in training is not changed.
+        """Return a new model of plain low-rank layers, and its plan; the model being trained is not changed.
 
-        Every weight is cut by the SVD of what it is now, so that it is the best of its rank and keeps what is promised
-        even where a penalty left the factors short of orthonormal. A layer whose rank saves nothing becomes dense.
+        Every weight is truncated by an SVD of its current value. That is the best approximation of its rank, even if
+        a penalty has left the factors short of orthonormal. A layer becomes dense if its rank saves nothing.
 
         Args:
-            energy: the share of the squared singular values that each layer keeps, 0 < x <= 1.
-            budget: instead, a budget on the whole: the plan of least error within it, over this method's layers and
-                splits. Its fractions are of the dense model.
-            example: one input, for MACs: needed for a budget on them, otherwise to have them in the plan.
+            energy: fraction of the squared singular values that each layer keeps, 0 < x <= 1.
+            budget: instead of `energy`, a budget for the whole model: the plan of least error within it is chosen,
+                over this method's layers and splits. Its fractions refer to the dense model.
+            example: one input, to count MACs; required for a budget on MACs, otherwise they are put into the plan.
 
         Raises:
-            RankfoldError: energy and budget at once, or neither where the method finds no ranks of its own.
-            BudgetError: a budget that rank 1 everywhere exceeds; the message says what can be reached.
+            RankfoldError: both energy and budget are given, or neither although the method finds no ranks itself.
+            BudgetError: the budget is exceeded even with rank 1 everywhere; the message says what can be reached.
 
         Reference:
             Yang et al. 2020, section 3.3 (energy).
@@ -149,21 +151,21 @@ class TrainingMethod(ABC):
         return apply(dense, found), found
 
     def _after_step(self) -> None:  # noqa: B027 - a hook: most methods do nothing here
-        """Do what follows a step of the optimiser."""
+        """Run after each optimiser step."""
 
     def _after_epoch(self) -> None:  # noqa: B027 - a hook: most methods do nothing here
-        """Do what follows an epoch."""
+        """Run after each epoch."""
 
     def _own_ranks(self) -> dict[str, int] | None:
-        """Return the ranks that the method itself has found, or None where it leaves them to `prune`."""
+        """Return the ranks that the method has found, or None if it leaves the choice to `prune`."""
         return None
 
     def _state(self) -> State:
-        """Return what the method must remember beside the model: tensors, numbers, texts and lists of numbers."""
+        """Return the state of the method besides the model: tensors, numbers, strings and lists of numbers."""
         return {}
 
     def _load_state(self, state: State) -> None:
-        """Take over what `_state` returned."""
+        """Restore what `_state` returned."""
         if state:
             raise KeyError(f"unknown entries {sorted(state)}")
 
@@ -173,7 +175,7 @@ class TrainingMethod(ABC):
             return own
         if energy is None:
             raise RankfoldError("say how far to prune: energy=0.999, or budget=Budget(macs=0.5) with example=")
-        keep = checked_share("energy", energy)
+        keep = real("energy", energy, most=1, ends="(]")
         matrices = {name: matrices_of(dense.get_submodule(name), options) for name, options in self.options.items()}
         return {
             name: rank_of_energy(mean_spectrum(torch.linalg.svdvals(weights.double())), keep)
@@ -181,15 +183,15 @@ class TrainingMethod(ABC):
         }
 
     def state_dict(self) -> State:
-        """Return what a resumed run needs beside the model and the optimiser; copies, not views."""
+        """Return what a resumed run needs besides the model and the optimiser; the tensors are copies."""
         state = {"method": type(self).__name__, "steps": self.steps, "epochs": self.epochs, **self._state()}
         return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned.
+        """Restore what `state_dict` returned.
 
         Raises:
-            StoreError: the state is of another method or of other layers.
+            StoreError: the state belongs to another method or to other layers.
         """
         rest = dict(state)
         if rest.pop("method", None) != type(self).__name__:

@@ -1,4 +1,4 @@
-"""What a training method remembers, in a file of its own: for loops whose checkpoints hold no tensors of others."""
+"""The state of a training method in its own file, for training loops whose checkpoints have no room for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEY = "rankfold_method"
 
 
 def split_state(run: TrainingMethod | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the plain values and the tensors of a method's state; nothing of no method."""
+    """Return the plain values and the tensors of a method's state; both empty without a method."""
     state = {} if run is None else run.state_dict()
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     return {name: value for name, value in state.items() if name not in tensors}, tensors
@@ -29,10 +29,10 @@ def write_method(path: str | os.PathLike[str], run: TrainingMethod) -> None:
 
 
 def read_method(path: str | os.PathLike[str], run: TrainingMethod) -> None:
-    """Bring a method into the state that a file holds.
+    """Restore the state of a method from a file.
 
     Raises:
-        StoreError: the file is damaged, or is of another method or of other layers.
+        StoreError: the file is damaged, or belongs to another method or to other layers.
     """
     tensors, texts = read_tensors(path)
     if KEY not in texts:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from rankfold._common import one_of
 from rankfold.errors import RankfoldError
 from rankfold.train.lowrank._cuttlefish import Cuttlefish
 from rankfold.train.lowrank._dlrt import DLRT
@@ -42,18 +43,20 @@ def training_method(
     exclude: Patterns = (),
     **options: Any,
 ) -> TrainingMethod:
-    """Return a training method by its name, on a dense model; train its `.model`, which "svd" makes anew.
+    """Return a training method by name, for a dense model.
+
+    Train the method's `.model`: a new one in SVD form for "svd", and the given one for all other methods.
 
     Args:
         name: "svd", "trp", "nuclear", "pufferfish", "cuttlefish", "dlrt" or "lc".
-        model: a dense model. All but "svd" train it in place.
+        model: a dense model. All methods but "svd" train it in place.
         split: how kernels are split, "spatial" or "channel".
-        include: names or patterns of the only layers to work on; all of them if empty.
+        include: names or patterns of the layers to work on; all layers if empty.
         exclude: names or patterns of layers to leave alone.
-        options: what the class of the method takes beside these.
+        options: further keyword arguments of the method's class.
 
     Raises:
-        RankfoldError: an unknown name, or an option that the method has not.
+        RankfoldError: the name is unknown, or the method has no such option.
         LayerError: no layer can be trained for low rank.
 
     Example:
@@ -61,8 +64,7 @@ def training_method(
         >>> type(run).__name__, type(run.model[0]).__name__
         ('SVDTraining', 'SVDLinear')
     """
-    if name not in METHODS:
-        raise RankfoldError(f"method {name!r} is not known: take one of {', '.join(METHODS)}")
+    one_of("method", name, METHODS)
     places: dict[str, Any] = {"split": split, "include": include, "exclude": exclude}
     if name == "svd":
         model, places = svd_form(model, **places)[0], {}

@@ -1,4 +1,4 @@
-"""Nuclear-norm training: proximal steps that shrink the singular values of the weights, small ones to zero."""
+"""Nuclear-norm training: proximal steps that shrink the singular values of the weights, the small ones to zero."""
 
 from __future__ import annotations
 
@@ -7,33 +7,34 @@ from typing import final
 import torch
 from torch import nn
 
+from rankfold._common import real, whole
 from rankfold.errors import RankfoldError
 from rankfold.train.lowrank._dense_method import DenseMethod
-from rankfold.train.lowrank._targets import Patterns, checked_amount, checked_count, svd_of
+from rankfold.train.lowrank._targets import Patterns, svd_of
 
-NOTHING = 1e-6  # of the largest singular value: a soft threshold leaves zeros up to rounding
+NOTHING = 1e-6  # of the largest singular value: what soft thresholding sets to zero is zero up to rounding
 
 
 @final
 class NuclearNorm(DenseMethod):
-    """Train a dense model with the proximal operator of λ ||W||_* after the optimiser's steps.
+    """Train a dense model, applying the proximal operator of λ ||W||_* every few optimiser steps.
 
-    Every m steps of size η each singular value becomes max(s - m η λ, 0), the minimiser of
-    ||X - W||² / 2 + m η λ ||X||_*. A BatchNorm behind a layer undoes its scale, so that all of a spectrum may shrink
-    together there: watch the ranks, not the norm.
+    After every m steps of size η each singular value becomes max(s - m η λ, 0), which gives the minimiser of
+    ||X - W||² / 2 + m η λ ||X||_*. A BatchNorm after a layer undoes its scale, so all of its singular values may
+    shrink together: watch the ranks, not the norm.
 
     Args:
         model: a dense model; it is trained in place.
         strength: λ.
-        lr: the step size η, or the optimiser, whose first group then says it.
+        lr: the step size η, or the optimiser, to use the learning rate of its first group.
         split: how kernels are split, "spatial" or "channel".
-        every: m, the steps from one proximal step to the next; an SVD of every weight is taken each time.
-        include: names or patterns of the only layers to work on; all of them if empty.
+        every: m, the number of optimiser steps between proximal steps; each of these takes an SVD of every weight.
+        include: names or patterns of the layers to work on; all layers if empty.
         exclude: names or patterns of layers to leave alone.
 
     Raises:
         LayerError: no layer can be trained for low rank.
-        RankfoldError: a value out of its range.
+        RankfoldError: a value is out of range.
 
     Reference:
         Cai, Candès and Shen 2010, A singular value thresholding algorithm for matrix completion, theorem 2.1.
@@ -57,10 +58,10 @@ class NuclearNorm(DenseMethod):
         include: Patterns = (),
         exclude: Patterns = (),
     ) -> None:
-        self.strength = checked_amount("strength", strength)
-        self.every = checked_count("every", every)
+        self.strength = real("strength", strength)
+        self.every = whole("every", every)
         if not isinstance(lr, torch.optim.Optimizer):
-            checked_amount("lr", lr)
+            real("lr", lr)
         self.lr = lr
         super().__init__(model, split, include, exclude)
 
@@ -80,5 +81,5 @@ class NuclearNorm(DenseMethod):
             self.write(name, (u * shrunk[:, None, :]) @ vh)
 
     def _own_ranks(self) -> dict[str, int]:
-        """Return the numbers of singular values that are not zero."""
+        """Return the number of nonzero singular values of each layer."""
         return {name: max(1, int((values > NOTHING * values[0]).sum())) for name, values in self.spectrum().items()}

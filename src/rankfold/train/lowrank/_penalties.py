@@ -1,4 +1,4 @@
-"""Penalties on factors and singular values: all that have one shape are computed in one batched call."""
+"""Penalties on factors and singular values; tensors of the same shape are computed in one batched call."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ TINY = 1e-12
 def orthogonality(factors: Iterable[Tensor]) -> Tensor:
     """Return sum ||UᵀU - I||² / r² over matrices U (groups, rows, r), the mean over the groups of each.
 
-    r x r is the smaller Gram matrix as long as r is at most the number of rows. Zero where the columns of every U are
-    orthonormal.
+    Zero if the columns of every U are orthonormal. As long as r is at most the number of rows, r x r is the smaller
+    one of the two Gram matrices.
 
     Reference: Yang et al. 2020, equation 3.
     """
@@ -30,7 +30,7 @@ def orthogonality(factors: Iterable[Tensor]) -> Tensor:
 
 
 class _Distance(torch.autograd.Function):
-    """||UᵀU - I||² over a stack, whose gradient 4 U (UᵀU - I) takes one product; autograd would take two."""
+    """||UᵀU - I||² over a stack, whose gradient 4 U (UᵀU - I) needs one product; autograd would need two."""
 
     @staticmethod
     def forward(ctx: Any, stack: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def sparsity(values: Iterable[Tensor], kind: str) -> Tensor:
 
 
 def _stacked(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield the tensors of each shape as one, in float32 or wider."""
+    """Yield the tensors of each shape stacked into one, in float32 or wider."""
     shapes: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         shapes[tuple(tensor.shape)].append(tensor)
@@ -72,13 +72,13 @@ def _l1(values: Tensor) -> Tensor:
 
 
 def _hoyer(values: Tensor) -> Tensor:
-    """Return |s|_1 / |s|_2 - 1: 0 for a single value that is not zero, sqrt(r) - 1 for equal ones, at any scale."""
+    """Return |s|_1 / |s|_2 - 1: 0 for a single nonzero value, sqrt(r) - 1 if all are equal, at any scale."""
     norm: Tensor = torch.linalg.vector_norm(values, dim=-1)
     return (_l1(values) / norm.clamp_min(TINY) - 1).clamp_min(0)
 
 
 def _hoyer_square(values: Tensor) -> Tensor:
-    """Return |s|_1² / |s|_2² - 1: 0 for a single value that is not zero, r - 1 for equal ones, at any scale."""
+    """Return |s|_1² / |s|_2² - 1: 0 for a single nonzero value, r - 1 if all are equal, at any scale."""
     return (_l1(values).square() / values.square().sum(-1).clamp_min(TINY**2) - 1).clamp_min(0)
 
 

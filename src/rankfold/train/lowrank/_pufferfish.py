@@ -1,4 +1,4 @@
-"""Pufferfish: dense warm-up, then low-rank layers of one share of the full rank."""
+"""Pufferfish: dense warm-up, then low-rank layers at a fixed fraction of the full rank."""
 
 from __future__ import annotations
 
@@ -7,31 +7,32 @@ from typing import final
 
 from torch import nn
 
-from rankfold.errors import LayerError, RankfoldError
+from rankfold._common import real, whole
+from rankfold.errors import LayerError
 from rankfold.train.lowrank._dense_method import DenseMethod
-from rankfold.train.lowrank._targets import Patterns, checked_count, checked_share
+from rankfold.train.lowrank._targets import Patterns
 
 
 @final
 class Pufferfish(DenseMethod):
-    """Train a dense model for some epochs, then factorise all but its first and last layers at a share of full rank.
+    """Train a dense model for a few epochs, then factorise all but its first and last layers.
 
-    Nothing is added to the loss. `finished` says when the warm-up is over; `prune()` then gives the low-rank model to
-    train on, with each weight as U sqrt(S) and sqrt(S) Vᵀ.
+    Nothing is added to the loss. `finished` tells when the warm-up is over; `prune()` then returns the low-rank model
+    to continue training with, each weight being U sqrt(S) times sqrt(S) Vᵀ.
 
     Args:
         model: a dense model; it is trained in place.
-        warmup: epochs before the switch.
-        share: of the full rank, 0 < x <= 1.
+        warmup: number of epochs of dense training.
+        share: rank of each layer as a fraction of its full rank, 0 < x <= 1.
         first: how many of the first layers stay dense.
         last: how many of the last layers stay dense.
         split: how kernels are split, "spatial" or "channel".
-        include: names or patterns of the only layers to work on; all of them if empty.
+        include: names or patterns of the layers to work on; all layers if empty.
         exclude: names or patterns of layers to leave alone.
 
     Raises:
         LayerError: no layer can be trained for low rank.
-        RankfoldError: a value out of its range.
+        RankfoldError: a value is out of range.
 
     Reference:
         Wang, Agarwal and Papailiopoulos 2021, Pufferfish: communication-efficient models at no extra cost.
@@ -56,11 +57,10 @@ class Pufferfish(DenseMethod):
         include: Patterns = (),
         exclude: Patterns = (),
     ) -> None:
-        self.warmup = checked_count("warmup", warmup)
-        self.share = checked_share("share", share)
+        self.warmup = whole("warmup", warmup)
+        self.share = real("share", share, most=1, ends="(]")
         super().__init__(model, split, include, exclude)
-        if type(first) is not int or type(last) is not int or min(first, last) < 0:
-            raise RankfoldError(f"first and last are whole numbers >= 0, not {first!r} and {last!r}")
+        first, last = whole("first", first, 0), whole("last", last, 0)
         names = list(self.options)[first : len(self.options) - last]
         if not names:
             raise LayerError(
@@ -75,5 +75,5 @@ class Pufferfish(DenseMethod):
         return self.epochs >= self.warmup
 
     def _own_ranks(self) -> dict[str, int]:
-        """Return the share of each layer's full rank, rounded up."""
+        """Return the same fraction of each layer's full rank, rounded up."""
         return {name: max(1, math.ceil(self.share * self.full_rank(name))) for name in self.layers}

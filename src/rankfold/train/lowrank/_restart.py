@@ -1,4 +1,4 @@
-"""The optimiser after a surgery: the same settings on the new parameters, and a warm restart."""
+"""The optimiser after layers were replaced: the same settings for the new parameters, and a warm restart."""
 
 from __future__ import annotations
 
@@ -9,31 +9,32 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from rankfold._common import whole
 from rankfold.errors import RankfoldError
-from rankfold.train.lowrank._targets import checked_count, unwrapped
+from rankfold.train.lowrank._targets import unwrapped
 
 
 def restarted(
     optimizer: torch.optim.Optimizer, before: nn.Module, after: nn.Module, *, warmup: int = 100
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """Return an optimiser of the same kind for a model that was made from another, and the schedule of its restart.
+    """Return an optimiser of the same kind for a model whose layers were replaced, and a warm-up schedule for it.
 
-    A parameter goes to the group that held the parameter of the same name in the model before, one of a replaced layer
-    to the group of that layer's weight. What the optimiser remembers (momentum, second moments) is taken over for
-    parameters whose values are those of before and begins anew for all others, which is why the learning rate rises
-    linearly over the first steps.
+    A parameter joins the group of the parameter of the same name in the old model; the factors of a replaced layer
+    join the group of that layer's weight. The state of the optimiser (momentum, second moments) is kept for parameters
+    whose values are unchanged and starts from scratch for all others, which is why the learning rate rises linearly
+    over the first steps.
 
     Args:
-        optimizer: of the model before; it isn't changed.
-        before: the model that it trained.
+        optimizer: the optimiser of the old model; it is not changed.
+        before: the old model.
         after: the new model, such as `prune` returns.
-        warmup: steps over which the learning rate rises to that of now.
+        warmup: number of steps over which the learning rate rises to its current value.
 
     Returns:
-        The optimiser, and a scheduler to step after each of its steps.
+        The optimiser, and a scheduler whose `step()` is to be called after each optimiser step.
 
     Raises:
-        RankfoldError: the optimiser trains no parameter of the model before.
+        RankfoldError: the optimiser trains no parameter of the old model.
 
     Example:
         >>> import rankfold as rf
@@ -44,7 +45,7 @@ def restarted(
         >>> round(optimizer.param_groups[0]["lr"], 6), optimizer.param_groups[0]["momentum"]
         (0.01, 0.9)
     """
-    checked_count("warmup", warmup)
+    whole("warmup", warmup)
     owners = {id(p): k for k, group in enumerate(optimizer.param_groups) for p in group["params"]}
     old = {name: p for name, p in unwrapped(before).named_parameters() if id(p) in owners}
     if not old:
@@ -74,7 +75,7 @@ def restarted(
 
 
 def _like(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Return an optimiser of the same class and defaults; some keep defaults that their class does not take."""
+    """Return an optimiser of the same class and defaults, leaving out defaults that the class does not accept."""
     kind: Any = type(optimizer)
     taken = inspect.signature(kind).parameters
     fresh: torch.optim.Optimizer = kind(groups, **{k: v for k, v in optimizer.defaults.items() if k in taken})
@@ -82,7 +83,7 @@ def _like(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> tor
 
 
 def _source(name: str, old: dict[str, nn.Parameter]) -> str:
-    """Return the name of the old parameter whose group a new one joins: the longest common beginning, in parts."""
+    """Return the name of the old parameter whose group a new one joins: the one with the longest common prefix."""
     parts = name.split(".")
 
     def likeness(other: str) -> tuple[int, bool]:

@@ -1,4 +1,4 @@
-"""A model in SVD form: every layer U diag(s) Vᵀ, to be trained until most of s is gone."""
+"""A model in SVD form: every weight is U diag(s) Vᵀ, to be trained until most of s is zero."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from rankfold.layers import layer_class, stock_twin
-from rankfold.planning import Choice, Plan
+from rankfold.planning import Amounts, Choice, Plan
 from rankfold.stats import count_params, walk
 from rankfold.surgery import apply
 from rankfold.train.lowrank._targets import FORM, Patterns, targets
@@ -22,26 +22,26 @@ def svd_form(
     init: Literal["decompose", "random"] = "decompose",
     seed: int = 0,
 ) -> tuple[nn.Module, Plan]:
-    """Return a new model with its layers in SVD form at full rank, and the plan that saves and loads it.
+    """Return a new model with its layers in SVD form at full rank, and the plan to save and load it with.
 
-    Each weight becomes U diag(s) Vᵀ with s a parameter: with `init="decompose"` the output is that of the model up to
-    rounding. Train it with `SVDTraining`, which keeps U and V orthonormal and makes s sparse, then prune. In this form
-    a model has two to three times the parameters; it is a form to train in.
+    Each weight becomes U diag(s) Vᵀ, where s is a parameter. With `init="decompose"` the outputs are the same up to
+    rounding. Train the model with `SVDTraining`, which keeps U and V orthonormal and makes s sparse, then prune it.
+    The form is meant for training only: it has two to three times as many parameters.
 
     Args:
-        model: any module; its Linear layers and convolutions that can be replaced are.
-        split: "spatial", a kernel (kh, kw) as (kh, 1) and (1, kw), or "channel", as (kh, kw) and 1 x 1. Kernels that
-            extend along one axis, and Linear layers, have one form only.
-        include: names or patterns (`*`, `?`) of the only layers to change; all of them if empty.
+        model: any module; all Linear layers and convolutions that can be replaced are replaced.
+        split: "spatial" splits a kernel (kh, kw) into (kh, 1) and (1, kw), "channel" into (kh, kw) and 1 x 1.
+            Linear layers, and kernels that extend along one axis only, can be split in one way.
+        include: names or patterns (`*`, `?`) of the layers to change; all layers if empty.
         exclude: names or patterns of layers to leave as they are.
-        init: "decompose" the weights, or start from fresh ones: "random".
-        seed: seed of the fresh weights.
+        init: "decompose" the weights, or draw new ones at "random".
+        seed: seed of the random weights.
 
     Returns:
-        The model, and a plan that names every layer; layers that stay dense have their reason in it.
+        The model, and a plan that names every layer, with the reason for each that stays dense.
 
     Raises:
-        LayerError: no layer can be changed, or a weight holds NaN or Inf.
+        LayerError: no layer can be replaced, or a weight holds NaN or Inf.
         PlanError: a pattern matches no layer.
 
     Reference:
@@ -58,14 +58,14 @@ def svd_form(
     options, reasons = targets(model, split, include, exclude)
     choices = {}
     for name, layer in walk(model):
-        params = count_params(layer)
-        choices[name] = Choice("dense", params=params, dense_params=params, reason=reasons.get(name, ""))
+        before = Amounts(count_params(layer))
+        choices[name] = Choice("dense", amounts=before, dense=before, reason=reasons.get(name, ""))
         if name in options:
             dense = stock_twin(layer)
             cls = layer_class(dense, FORM)
             rank = cls.full_rank(dense, **options[name])
             cost = cls.cost(dense, (), rank=rank, **options[name])
             error = 0.0 if init == "decompose" else None
-            choices[name] = Choice(FORM, rank, options[name], cost.params, error=error, dense_params=params)
-    plan = Plan(choices, dense_params=count_params(model))
+            choices[name] = Choice(FORM, rank, options[name], Amounts(cost.params), before, error=error)
+    plan = Plan(choices, dense=Amounts(count_params(model)))
     return apply(model, plan, init=init, seed=seed), plan

@@ -1,4 +1,4 @@
-"""SVD training: orthonormal factors by a penalty, sparse singular values by another, ranks without a single SVD."""
+"""SVD training: one penalty for orthonormal factors, one for sparse singular values, and no SVD while training."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from rankfold._common import one_of, real
 from rankfold.errors import LayerError, RankfoldError
 from rankfold.planning import Plan
 from rankfold.surgery import apply, densify
 from rankfold.train.lowrank._method import TrainingMethod
 from rankfold.train.lowrank._penalties import KINDS, orthogonality, sparsity
-from rankfold.train.lowrank._targets import FORM, checked_amount, forms_of, unwrapped
+from rankfold.train.lowrank._targets import FORM, forms_of, unwrapped
 
 RETRACTION = "retraction"
 
@@ -28,7 +29,7 @@ SCHEDULES: Mapping[str, Callable[[int], float]] = MappingProxyType({"constant": 
 
 @final
 class SVDTraining(TrainingMethod):
-    """Train a model in SVD form: `loss + penalty()`, with singular values that die out one after the other.
+    """Train a model in SVD form with `loss + penalty()`, which drives its singular values to zero one by one.
 
     The penalty is λo sum_l [D(U_l) + D(V_l)] + λs f(step) sum_l S(s_l) over the layers l in SVD form, with
     `D(U) = ||UᵀU - I||² / r²` and S one of::
@@ -37,21 +38,21 @@ class SVDTraining(TrainingMethod):
         l1            |s|_1,                     shrinks the values that stay, too
         hoyer_square  |s|_1² / |s|_2² - 1,       the same at every scale of s
 
-    Orthonormal factors make `abs(s)` the singular values of the weight; without them a penalty on s is escaped by
-    larger U and V. A BatchNorm behind a layer undoes its scale: there L1 can be had for nothing by shrinking all of s,
-    and the Hoyer measures can not.
+    With orthonormal factors, `abs(s)` are the singular values of the weight; otherwise the model could escape a penalty
+    on s by making U and V larger. A BatchNorm after a layer undoes its scale: the L1 penalty can then be reduced at no
+    cost by shrinking all of s, whereas the Hoyer measures do not depend on the scale.
 
     Args:
-        model: a model with layers in SVD form: see `svd_form`. May be wrapped by DistributedDataParallel.
-        orthogonality: λo, or "retraction": no penalty, but U and V made orthonormal by a QR after each step, the exact
-            alternative.
-        sparsity: λs; 0 trains the form as it is.
+        model: a model with layers in SVD form (see `svd_form`); may be wrapped in DistributedDataParallel.
+        orthogonality: λo, or "retraction" to make U and V exactly orthonormal by a QR decomposition after each step
+            instead of adding a penalty.
+        sparsity: λs; with 0 nothing drives the singular values to zero.
         kind: "hoyer", "l1" or "hoyer_square".
-        schedule: "constant", or a function from the number of steps taken to the factor f of the sparsity.
+        schedule: "constant", or a function of the number of steps taken that returns the factor f of the sparsity.
 
     Raises:
         LayerError: the model has no layer in SVD form.
-        RankfoldError: an unknown kind or schedule, or a weight below 0.
+        RankfoldError: the kind or the schedule is unknown, or a weight is below 0.
 
     Reference:
         Yang et al. 2020, section 3.
@@ -74,10 +75,9 @@ class SVDTraining(TrainingMethod):
         kind: str = "hoyer",
         schedule: str | Callable[[int], float] = "constant",
     ) -> None:
-        if kind not in KINDS:
-            raise RankfoldError(f"kind={kind!r} is not known: take one of {', '.join(KINDS)}")
-        if not callable(schedule) and schedule not in SCHEDULES:
-            raise RankfoldError(f"schedule={schedule!r} is not known: take 'constant' or a function of the step")
+        one_of("kind", kind, KINDS)
+        if not callable(schedule):
+            one_of("schedule", schedule, SCHEDULES, other="a function of the step")
         if isinstance(orthogonality, str) and orthogonality != RETRACTION:
             raise RankfoldError(f"orthogonality={orthogonality!r} is neither a weight nor {RETRACTION!r}")
         found = forms_of(unwrapped(model))
@@ -87,15 +87,15 @@ class SVDTraining(TrainingMethod):
             )
         super().__init__(model, found)
         self._retracts = orthogonality == RETRACTION
-        self.orthogonality = 0.0 if self._retracts else checked_amount("orthogonality", orthogonality)
-        self.sparsity = checked_amount("sparsity", sparsity)
+        self.orthogonality = 0.0 if self._retracts else real("orthogonality", orthogonality)
+        self.sparsity = real("sparsity", sparsity)
         self.kind = kind
         self.schedule = schedule if callable(schedule) else SCHEDULES[schedule]
         if self._retracts:
             self._retract()
 
     def terms(self) -> dict[str, Tensor]:
-        """Return the weighted terms "orthogonality" and "sparsity", computed in float32 also under autocast."""
+        """Return the weighted terms "orthogonality" and "sparsity", computed in float32 even under autocast."""
         triplets = [layer.triplets() for layer in self.layers.values()]
         strength = self.sparsity * self.schedule(self.steps)
         terms = {}
@@ -108,18 +108,18 @@ class SVDTraining(TrainingMethod):
         return terms
 
     def dense(self) -> nn.Module:
-        """Return a copy of the model with stock layers in place of those in SVD form."""
+        """Return a copy of the model with stock layers instead of those in SVD form."""
         return densify(unwrapped(self.model), methods=FORM)
 
     def prune_by_values(self, plan: Plan) -> nn.Module:
-        """Return the model of a plan with each layer cut to its largest `abs(s)` instead of by an SVD of its weight.
+        """Return the model of a plan, keeping the largest `abs(s)` of each layer instead of an SVD of its weight.
 
-        This is the paper's own way. It is as good as `prune` where U and V are orthonormal, and shows what is lost
-        where they are not.
+        This is how the paper does it. It is as good as `prune` if U and V are orthonormal; if not, the difference
+        shows how much that costs.
         """
         small = apply(self.dense(), plan)
         for name, choice in plan.layers.items():
-            if choice.method == "svd" and name in self.layers:
+            if name in self.layers and choice.method == self.layers[name].plain.method:
                 cut = self.layers[name].truncated(choice.rank)
                 small.get_submodule(name).load_state_dict(cut.state_dict())
         return small
@@ -133,14 +133,14 @@ class SVDTraining(TrainingMethod):
 
     @torch.no_grad()
     def _retract(self) -> None:
-        """Replace U and V by the orthonormal factor of their QR decompositions, columns of the same direction."""
+        """Replace U and V by the orthonormal factors of their QR decompositions, keeping the signs of the columns."""
         for layer in self.layers.values():
             left, values, right = layer.triplets()
             layer.write_triplets(_orthonormal(left), values, _orthonormal(right.mT).mT)
 
 
 def _orthonormal(matrices: Tensor) -> Tensor:
-    """Return Q of the QR decomposition in which R has a positive diagonal, in float32 or wider."""
+    """Return Q of the QR decomposition whose R has a positive diagonal, in float32 or wider."""
     wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
     factor, triangle = torch.linalg.qr(wide)
     signs: Tensor = triangle.diagonal(dim1=-2, dim2=-1).sign()

@@ -1,4 +1,4 @@
-"""Which layers of a model a low-rank training method works on, and each one's weight as matrices."""
+"""The layers of a model that a low-rank training method works on, and their weights as matrices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rankfold.errors import LayerError, RankfoldError
+from rankfold._common import one_of
+from rankfold.errors import LayerError
 from rankfold.layers import TABLE, Options, folded, stock_twin, unfolded
 from rankfold.planning import layer_refusal, selected, structural_refusals
 from rankfold.stats import walk
@@ -20,7 +21,7 @@ Patterns = str | Sequence[str]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside what `DistributedDataParallel` and `torch.compile` put around it."""
+    """Return the model inside the wrappers of `DistributedDataParallel` and `torch.compile`."""
     while True:
         inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", model)
         if inner is model:
@@ -31,15 +32,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def targets(
     model: nn.Module, split: str, include: Patterns, exclude: Patterns
 ) -> tuple[dict[str, Options], dict[str, str]]:
-    """Return the options of every layer to train for low rank, and the reason of every layer that is left alone.
+    """Return the options of each layer to train for low rank, and the reason for each that is left alone.
 
     Raises:
-        RankfoldError: an unknown split.
-        PlanError: a pattern that matches no layer.
-        LayerError: a weight that holds NaN or Inf, or no layer at all.
+        RankfoldError: the split is unknown.
+        PlanError: a pattern matches no layer.
+        LayerError: a weight holds NaN or Inf, or no layer can be trained for low rank.
     """
-    if split not in SPLITS:
-        raise RankfoldError(f"split={split!r} is not known: take one of {', '.join(SPLITS)}")
+    one_of("split", split, SPLITS)
     layers = dict(walk(model))
     included = selected(layers, include) if include else set(layers)
     excluded = selected(layers, exclude)
@@ -64,7 +64,7 @@ def targets(
 
 
 def _rankless(layer: nn.Module, split: str) -> str:
-    """Return why a layer has no rank to find, or an empty text."""
+    """Return why no rank can be found for a layer, or an empty string."""
     twin = stock_twin(layer)
     form = TABLE.get((type(twin), FORM))
     if form is None:
@@ -73,7 +73,7 @@ def _rankless(layer: nn.Module, split: str) -> str:
 
 
 def _options(layer: nn.Module, split: str) -> dict[str, Any]:
-    """Return the options of a layer's SVD form: a kernel that extends along one axis is split by channels."""
+    """Return the options of a layer's SVD form; a kernel that extends along one axis is split by channels."""
     kernel: Any = getattr(layer, "kernel_size", ())
     if not kernel:
         return {}
@@ -89,7 +89,7 @@ def matrices_of(layer: Any, options: Options) -> Tensor:
 
 
 def weight_of(layer: Any, matrices: Tensor, options: Options) -> Tensor:
-    """Return matrices as a weight of a dense layer: the inverse of `matrices_of`."""
+    """Return the weight of a dense layer from its matrices: the inverse of `matrices_of`."""
     shape = tuple(layer.weight.shape)
     transposed = type(stock_twin(layer)) is not type(layer)  # Hugging Face's Conv1D keeps (in, out)
     dense = folded(matrices, shape[::-1] if transposed else shape, **options)
@@ -115,35 +115,12 @@ def mean_spectrum(values: Tensor) -> Tensor:
 
 
 def forms_of(model: nn.Module) -> dict[str, Options]:
-    """Return the options of every layer of a model in SVD form."""
+    """Return the options of every layer that is in SVD form."""
     found = {name: layer for name, layer in walk(model) if getattr(layer, "method", None) == FORM}
     return {name: dict(layer.options) for name, layer in found.items()}  # type: ignore[arg-type]
 
 
-def checked_share(name: str, value: Any, *, least_open: bool = True) -> float:
-    """Return a number between 0 and 1, or raise a `RankfoldError` that names it."""
-    valid = isinstance(value, int | float) and not isinstance(value, bool)
-    if not valid or not (0 < value <= 1 if least_open else 0 <= value < 1):
-        raise RankfoldError(f"{name} is a number {'0 < x <= 1' if least_open else '0 <= x < 1'}, not {value!r}")
-    return float(value)
-
-
-def checked_amount(name: str, value: Any) -> float:
-    """Return a finite number that is not negative, or raise a `RankfoldError` that names it."""
-    valid = isinstance(value, int | float) and not isinstance(value, bool)
-    if not valid or not 0 <= value < float("inf"):
-        raise RankfoldError(f"{name} is a finite number >= 0, not {value!r}")
-    return float(value)
-
-
-def checked_count(name: str, value: Any) -> int:
-    """Return a whole number above 0, or raise a `RankfoldError` that names it."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RankfoldError(f"{name} is a whole number above 0, not {value!r}")
-    return value
-
-
 def layers_of(model: nn.Module, names: Mapping[str, Options]) -> dict[str, Any]:
-    """Return the layers of these names."""
+    """Return the layers with these names."""
     inner = unwrapped(model)
     return {name: inner.get_submodule(name) for name in names}

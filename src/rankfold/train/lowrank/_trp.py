@@ -1,4 +1,4 @@
-"""Trained rank pruning: dense training, interrupted every few steps by a truncated SVD of the weights."""
+"""Trained rank pruning: dense training with a truncated SVD of the weights every few steps."""
 
 from __future__ import annotations
 
@@ -7,40 +7,33 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from rankfold._common import real, whole
 from rankfold.ranks import energy as rank_of_energy
 from rankfold.train.lowrank._dense_method import DenseMethod, named, taken
 from rankfold.train.lowrank._method import State
-from rankfold.train.lowrank._targets import (
-    Patterns,
-    checked_amount,
-    checked_count,
-    checked_share,
-    mean_spectrum,
-    svd_of,
-    weight_of,
-)
+from rankfold.train.lowrank._targets import Patterns, mean_spectrum, svd_of, weight_of
 
 
 @final
 class TRP(DenseMethod):
     """Train a dense model and replace its weights by their truncated SVD every few steps.
 
-    At a truncation each weight keeps the leading singular values that hold the share `energy` of their squares. The
-    optional penalty λ <W, U_r V_rᵀ>, with the vectors of the last truncation, has the subgradient λ U_r V_rᵀ of λ times
-    the nuclear norm. Between truncations the rank grows again, so that what matters can come back.
+    A truncation keeps the leading singular values that make up the fraction `energy` of their sum of squares. The
+    optional penalty λ <W, U_r V_rᵀ>, with the singular vectors of the last truncation, has the gradient λ U_r V_rᵀ, a
+    subgradient of λ times the nuclear norm. Between truncations the rank may grow again, so what matters can come back.
 
     Args:
         model: a dense model; it is trained in place.
         split: how kernels are split, "spatial" or "channel".
-        every: steps from one truncation to the next.
-        energy: share of the squared singular values that a truncation keeps, 0 < x <= 1.
+        every: number of optimiser steps between truncations.
+        energy: fraction of the squared singular values that a truncation keeps, 0 < x <= 1.
         nuclear: λ of the nuclear norm; 0 for none.
-        include: names or patterns of the only layers to work on; all of them if empty.
+        include: names or patterns of the layers to work on; all layers if empty.
         exclude: names or patterns of layers to leave alone.
 
     Raises:
         LayerError: no layer can be trained for low rank.
-        RankfoldError: a value out of its range.
+        RankfoldError: a value is out of range.
 
     Reference:
         Xu et al. 2019, Trained rank pruning for efficient deep neural networks.
@@ -63,14 +56,14 @@ class TRP(DenseMethod):
         include: Patterns = (),
         exclude: Patterns = (),
     ) -> None:
-        self.every = checked_count("every", every)
-        self.energy = checked_share("energy", energy)
-        self.nuclear = checked_amount("nuclear", nuclear)
+        self.every = whole("every", every)
+        self.energy = real("energy", energy, most=1, ends="(]")
+        self.nuclear = real("nuclear", nuclear)
         super().__init__(model, split, include, exclude)
         self._directions: dict[str, Tensor] = {}
 
     def terms(self) -> dict[str, Tensor]:
-        """Return the weighted term "nuclear", once there was a truncation."""
+        """Return the weighted term "nuclear"; empty before the first truncation."""
         if not self.nuclear or not self._directions:
             return {}
         products = [(layer.weight.float() * self._directions[name]).sum() for name, layer in self.layers.items()]
@@ -88,7 +81,7 @@ class TRP(DenseMethod):
                 self._directions[name] = weight_of(layer, u @ vh, self.options[name]).float()
 
     def _own_ranks(self) -> dict[str, int]:
-        """Return the ranks that a truncation now would keep."""
+        """Return the ranks that a truncation would keep now."""
         return {name: rank_of_energy(values, self.energy) for name, values in self.spectrum().items()}
 
     def _state(self) -> State:
