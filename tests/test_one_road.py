@@ -199,7 +199,7 @@ def test_whatever_the_budget(budget, kind):
     assert (found[1].measured is not None) == ("latency" in budget)
 
 
-@settings(max_examples=16, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     name=st.sampled_from(sorted(MODELS)),
     budget=st.sampled_from(sorted(BUDGETS)),
