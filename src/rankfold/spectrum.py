@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rankfold._common import Float
+from rankfold._common import Float, check_dense
 from rankfold.errors import DecompositionError
 
 __all__ = ["conv_singular_values", "conv_symbol", "effective_rank", "spectral_norm_bounds"]
@@ -137,6 +137,9 @@ def effective_rank(values: Float[Tensor, " values"]) -> float:
     Returns:
         Between 1 and the number of values (0 for the zero operator).
 
+    Raises:
+        DecompositionError: not a dense tensor.
+
     Reference:
         Roy and Vetterli 2007.
 
@@ -145,6 +148,7 @@ def effective_rank(values: Float[Tensor, " values"]) -> float:
         >>> round(effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0])), 6)
         3.0
     """
+    check_dense(values, "values")
     total = float(values.double().sum())
     if total == 0:
         return 0.0
@@ -154,6 +158,7 @@ def effective_rank(values: Float[Tensor, " values"]) -> float:
 
 def _checked(kernel: Tensor, least: int = 3) -> Tensor:
     """Return the kernel in float64, or raise."""
+    check_dense(kernel, "kernel")
     if kernel.ndim < least or not kernel.is_floating_point() or kernel.numel() == 0:
         raise DecompositionError(
             f"a kernel must be floats (out, in, *kernel size), got {kernel.dtype} of shape {tuple(kernel.shape)}"

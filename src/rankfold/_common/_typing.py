@@ -1,8 +1,11 @@
-"""Shapes in annotations: jaxtyping where it is installed (the tests check it), plain tensors otherwise."""
+"""Types in annotations: ranks; shapes by jaxtyping where it is installed (the tests check it), else plain tensors."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+Rank: TypeAlias = int | tuple[int, ...]
+"""A rank: one number, or one for every bond or mode."""
 
 if TYPE_CHECKING:
     from jaxtyping import Float as Float

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from rankfold._common import whole
+from rankfold._common import Rank, whole
 from rankfold.errors import DataError
-from rankfold.layers import Rank
 
 MOST_AXES = 2  # ranks with more entries are measured by their geometric mean
 
