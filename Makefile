@@ -4,7 +4,7 @@ VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint types format docs bench clean
+.PHONY: help demo test quick lint types format docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -31,6 +31,9 @@ demo: $(VENV)/.demo  ## train a small network on handwritten digits, compress it
 test: $(VENV)/.dev  ## run the fast tests, then the slow ones
 	$(BIN)/python -m pytest -n $(WORKERS)
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+quick: $(VENV)/.dev  ## run the tests that a developer runs all the time, under a minute
+	$(BIN)/python -m pytest -n $(WORKERS) --quick
 
 lint: $(VENV)/.dev  ## check style and formatting
 	$(BIN)/ruff check .

@@ -8,6 +8,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+LONG = (  # what `make quick` leaves out: files of many seconds each
+    *("reproducible", "structured_layers", "metric", "recalibration", "search", "odd_models", "cp", "layer_errors"),
+    *("svd_training", "autocast", "layers_elsewhere", "transformers", "one_road", "conformity", "store", "scripts"),
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="leave out the files of many seconds, and all pages")
+
+
+def pytest_ignore_collect(collection_path, config):
+    if not config.getoption("--quick"):
+        return None
+    long = collection_path.name in {f"test_{name}.py" for name in LONG}
+    return True if long or collection_path.suffix == ".md" else None
+
 
 @pytest.fixture(autouse=True)
 def _same_seed():
