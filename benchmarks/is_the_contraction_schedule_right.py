@@ -114,7 +114,7 @@ def main() -> None:
     for name, sizes, shapes, rank, batches in few(LAYERS):
         layer = TTLinear(*sizes, bias=False, rank=rank, **shapes)
         cases = itertools.product((False, True), batches)
-        for training, batch in cases:
+        for training, batch in few(cases):
             found = row(TTLinear(*sizes, bias=False, rank=rank, **shapes), batch, training, rounds)
             rows.append({"layer": name, "rank": layer.rank, **found})
     title = "Is the order in which a tensor-train layer contracts its cores the fastest one?"

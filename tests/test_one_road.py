@@ -30,7 +30,7 @@ def block() -> nn.Sequential:
 
 def mixed() -> nn.Sequential:
     """A convnet with running statistics that are not those of its data, so that re-estimating them changes it."""
-    model = convnet(6)
+    model = convnet(4)
     for module in model:
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
@@ -185,8 +185,8 @@ def test_whatever_the_model_and_its_data(name, kind):
 
 
 @pytest.mark.parametrize("how", PLANNINGS)
-@pytest.mark.parametrize("name", ["convnet", "attention"])
-def test_whatever_the_options(name, how):
+def test_whatever_the_options(how):
+    name = "attention" if how == "masked" else "convnet"
     found = one_road(name, "macs", "loader", PLANNINGS[how])
     assert isinstance(found[1], rf.Plan), found
 
@@ -199,7 +199,7 @@ def test_whatever_the_budget(budget, kind):
     assert (found[1].measured is not None) == ("latency" in budget)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=16, deadline=None, derandomize=True)
 @given(
     name=st.sampled_from(sorted(MODELS)),
     budget=st.sampled_from(sorted(BUDGETS)),

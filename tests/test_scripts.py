@@ -59,7 +59,7 @@ def test_every_reproduction_has_a_quick_run(file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cp_mnist", "planning.promise"])
+@pytest.mark.parametrize("name", ["cp_mnist", "tt_conv"])
 def test_a_quick_run_writes_nothing(name):
     folder = ROOT / "reproduce" / Path(*name.split("."))
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir() if file.is_file()}

@@ -140,7 +140,10 @@ def measure(rows: harness.Rows, keep: harness.Keep) -> None:
                 keep(key, experiment.run(name, used, ratio))
 
 
-QUICK = {"RATIOS": (0.7,), "TEXTS": 60}
+QUICK = {
+    **{"RATIOS": (0.7,), "TEXTS": 60, "FIRST": ("plain SVD", "ours")},
+    "RULES": {name: RULES[name] for name in ("plain SVD", "whitening, allocated", "ours")},
+}
 
 if __name__ == "__main__":
     harness.main(__doc__, Path(__file__).parent, measure, drawing, quick=QUICK)
