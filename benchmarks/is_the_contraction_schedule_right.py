@@ -12,14 +12,13 @@ smaller. Steps of more than a third of a second are measured in three rounds.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from _timing import compare, ratio, verdict, write
+from _timing import compare, few, options, ratio, verdict, write
 
 from rankfold.layers import TTLinear
 from rankfold.layers.tensor._tt_order import BATCHES, LARGEST_MERGE, Chain, Sweep, order_of
@@ -107,12 +106,12 @@ def row(layer: TTLinear, batch: int, training: bool, rounds: int) -> dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     rows = []
-    for name, sizes, shapes, rank, batches in LAYERS:
+    for name, sizes, shapes, rank, batches in few(LAYERS):
         layer = TTLinear(*sizes, bias=False, rank=rank, **shapes)
         cases = itertools.product((False, True), batches)
         for training, batch in cases:

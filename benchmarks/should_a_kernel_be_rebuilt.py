@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _timing import Timing, compare, ratio, verdict, write
+from _timing import Timing, compare, few, options, ratio, verdict, write
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -106,7 +106,7 @@ def row(form: Form, dense: nn.Module, x: Tensor, step: Callable[..., None]) -> d
 
 def rows_of_layers() -> list[dict[str, Any]]:
     rows = []
-    for into, out, size, batches, padding, forms in CASES:
+    for into, out, size, batches, padding, forms in few(CASES):
         for batch in batches:
             dense = nn.Conv2d(into, out, 3, padding=padding).to(memory_format=torch.channels_last)
             x = torch.randn(batch, into, size, size).to(memory_format=torch.channels_last).requires_grad_(into > 1)
@@ -145,9 +145,12 @@ def rows_of_the_network() -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("only", nargs="?", choices=["mnist"], help="that network alone, printed and not written")
+    words = parser.parse_args()
     torch.set_num_threads(1)
     gc.freeze()  # what is there already need not be looked through before every sample
-    if sys.argv[1:] == ["mnist"]:
+    if words.only:
         for line in rows_of_the_network():
             print(list(map(str, line.values())))
         return

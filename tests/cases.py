@@ -6,8 +6,8 @@ from torch import nn
 
 from rankfold import layers
 
-DENSE_TYPES = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-AXES = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+DENSE_TYPES = tuple(row.kind for row in layers.DENSE_TYPES if row.stock)
+AXES = {row.kind: row.axes for row in layers.DENSE_TYPES if row.stock and row.axes}
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 # layer × method × option: a new layer is a new row here, and all tests of layers run on it

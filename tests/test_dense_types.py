@@ -54,6 +54,7 @@ def test_every_layer_factorises_a_stock_type_of_the_table():
 def test_a_row_is_whole(row):
     assert (row.rows == "none") or row.fan_in is not None
     assert bool(row.rows == "patches") == (row.convolve is not None)
+    assert not row.stock or None not in (row.fan_in, row.macs)
     assert row.stock or row.refused or row.twin in {other.kind for other in STOCK}
 
 

@@ -58,8 +58,9 @@ def test_the_planner_did_what_the_page_says(names):
     assert (ranks[-1], round(error, 2)) == (12, 0.47)
 
 
-def test_the_file_says_what_it_needs(names, monkeypatch):
+def test_the_file_says_what_it_needs(names):
     path = Path("small.safetensors").resolve()
-    monkeypatch.delitem(_table.ENTRIES, (nn.Linear, "blocks"))
-    with pytest.raises(StoreError, match=r"unknown method 'blocks'.* registered with rankfold.layers.register"):
-        load(path, names["make_model"]())
+    with registered():
+        _table.ENTRIES.pop((nn.Linear, "blocks"))
+        with pytest.raises(StoreError, match=r"unknown method 'blocks'.* registered with rankfold.layers.register"):
+            load(path, names["make_model"]())

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +19,8 @@ from rankfold.errors import LayerError, MethodError, PlanError, StoreError
 from rankfold.latency import Timing, time_layers
 from rankfold.latency import _layers as timings
 from rankfold.layers import Stages, TiedHead, is_factorised, layer_class, methods_for, register, registered
-from rankfold.planning import tied_heads
+from rankfold.planning import Planning, tied_heads
+from rankfold.planning._layer import Job, grid, untouched
 from rankfold.recalibration import Refitting, recalibrate
 from rankfold.train import parameter_groups
 from tests.cases_models import Tied
@@ -151,6 +153,15 @@ def test_workers_need_not_know_the_class(own):
     assert type(small[0]) is PairLinear
 
 
+def test_a_worker_that_does_not_know_the_class_leaves_nothing_out():
+    layer = nn.Linear(24, 40)
+    with registered(PairLinear):
+        job = pickle.dumps(Job("0", layer, untouched("0", layer, None), None, 1, methods=("pair",)))
+        assert len(grid(pickle.loads(job))) > 1
+    with pytest.raises(MethodError, match="unknown method 'pair'"):
+        grid(pickle.loads(job))
+
+
 def test_learning_rates_follow_the_fan_in_of_stages(own):
     groups = parameter_groups(nn.Sequential(PairLinear(24, 12, rank=4)), lr=1.0)
     assert [group["multiplier"] for group in groups] == [0.5, 3.0, 1.0]
@@ -185,6 +196,13 @@ def test_a_plan_of_a_class_that_is_not_registered_says_so(tmp_path):
     assert "damaged" not in str(error.value)
     with pytest.raises(PlanError, match=told):
         rf.Choice("pair", rank=3)
+
+
+def test_a_planning_with_such_a_method_says_so():
+    with registered(PairLinear):
+        data = Planning(methods=("svd", "pair")).to_data()
+    with pytest.raises(MethodError, match="registered with rankfold.layers.register, got 'pair'"):
+        Planning.from_data(data)
 
 
 def test_an_option_may_not_hide_what_a_plan_says():
@@ -284,3 +302,10 @@ def test_the_command_line_knows_what_the_models_module_registers(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert '"method": "pair"' in (tmp_path / "plan.json").read_text()
+    for words in (["compress", "shop:model", "--plan", "plan.json"], ["report", "shop:model", "small.safetensors"]):
+        words += ["--out", "small.safetensors"] if words[0] == "compress" else ["--example", "1,24"]
+        done = subprocess.run(
+            [sys.executable, "-m", "rankfold", *words], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "pair" in done.stdout

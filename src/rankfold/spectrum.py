@@ -21,19 +21,19 @@ __all__ = ["conv_singular_values", "conv_symbol", "effective_rank", "spectral_no
 def conv_symbol(kernel: Tensor, size: Sequence[int]) -> Tensor:
     """Return the symbol of a convolution on the Fourier grid: `F(w) = sum_k K[:, :, k] exp(-i w k)`.
 
-    A circular convolution is block diagonal in the Fourier basis, with these blocks. With zero padding instead, its
-    spectral norm is at most the largest norm of a block, and its singular values tend to theirs as the size grows.
+    A circular convolution is block diagonal in the Fourier basis, with these blocks. With zero padding, the spectral
+    norm is at most the largest norm of a block, and the singular values tend to those of the blocks as the size grows.
 
     Args:
         kernel: `(out, in, *kernel size)`, one to three spatial dims, any float dtype.
-        size: of the input in these dims, each at least that of the kernel.
+        size: size of the input in these dims, each at least that of the kernel.
 
     Returns:
         Complex128 matrices `(*size, out, in)`.
 
     Raises:
-        DecompositionError: an input smaller than the kernel, not a dense float tensor, NaN or Inf entries, no
-            spatial dims.
+        DecompositionError: the input is smaller than the kernel, or the kernel contains NaN or Inf or has no spatial
+            dims.
 
     Reference:
         Sedghi, Gupta and Long 2019, theorem 6.
@@ -57,19 +57,19 @@ def conv_symbol(kernel: Tensor, size: Sequence[int]) -> Tensor:
 def conv_singular_values(kernel: Tensor, size: Sequence[int], *, stride: int = 1) -> Float[Tensor, " values"]:
     """Return all singular values of a circular convolution: those of its symbol at every frequency.
 
-    A stride of s folds s^d frequencies onto one: their blocks are placed side by side and divided by s^(d/2).
+    A stride s folds s^d frequencies onto one: their blocks are placed side by side, divided by s^(d/2).
 
     Args:
         kernel: `(out, in, *kernel size)`, one to three spatial dims, any float dtype.
-        size: of the input in these dims, each at least the kernel's and a multiple of the stride.
-        stride: the same in all dims.
+        size: size of the input in these dims, each at least that of the kernel and a multiple of the stride.
+        stride: stride, the same in all dims.
 
     Returns:
         Singular values in float64, descending: `min(out, in * stride^d)` of them for each output position.
 
     Raises:
-        DecompositionError: a size that the stride does not divide or the kernel exceeds; else as in
-            `conv_symbol`.
+        DecompositionError: a size is not a multiple of the stride or is smaller than the kernel, or the kernel contains
+            NaN or Inf.
 
     Reference:
         Sedghi, Gupta and Long 2019, theorem 6.
@@ -94,7 +94,7 @@ def conv_singular_values(kernel: Tensor, size: Sequence[int], *, stride: int = 1
 
 
 def spectral_norm_bounds(kernel: Tensor) -> tuple[float, float]:
-    """Return two upper bounds on the spectral norm of a convolution, whatever its input size and zero padding.
+    """Return two upper bounds on the spectral norm of a convolution, for any input size and zero padding.
 
     With k the number of kernel positions: `sqrt(k) * min ||unfolding||_2` over the unfoldings that put each spatial dim
     with the outputs or with the inputs, and `sum_positions ||K[:, :, position]||_2`.
@@ -106,7 +106,7 @@ def spectral_norm_bounds(kernel: Tensor) -> tuple[float, float]:
         Both bounds; use the smaller one.
 
     Raises:
-        DecompositionError: not a dense float tensor, NaN or Inf entries, a vector.
+        DecompositionError: the kernel contains NaN or Inf, or is a vector.
 
     Reference:
         Singla and Feizi 2021, theorem 1 (the four unfoldings); Yi 2020.
@@ -129,7 +129,7 @@ def spectral_norm_bounds(kernel: Tensor) -> tuple[float, float]:
 
 
 def effective_rank(values: Float[Tensor, " values"]) -> float:
-    """Return the exponential of the entropy of the normalised singular values: how many are effectively in use.
+    """Return the exponential of the entropy of the normalised singular values: their effective number.
 
     Args:
         values: singular values, in any order.
@@ -161,7 +161,7 @@ def _checked(kernel: Tensor, least: int = 3) -> Tensor:
     check_dense(kernel, "kernel")
     if kernel.ndim < least or not kernel.is_floating_point() or kernel.numel() == 0:
         raise DecompositionError(
-            f"a kernel is a float tensor (out, in, *kernel size), not {kernel.dtype} of shape {tuple(kernel.shape)}"
+            f"a kernel must be floats (out, in, *kernel size), got {kernel.dtype} of shape {tuple(kernel.shape)}"
         )
     work = kernel.detach().double()
     if not torch.isfinite(work).all():

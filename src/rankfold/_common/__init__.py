@@ -11,7 +11,7 @@ from rankfold._common._batches import (
     tensors_in,
     to_device,
 )
-from rankfold._common._checks import near, one_of, real, whole
+from rankfold._common._checks import is_whole, near, one_of, real, some, whole
 from rankfold._common._modes import evaluating, modes_kept
 from rankfold._common._outputs import OutputError, output_error, output_tensors
 from rankfold._common._progress import track
@@ -34,6 +34,7 @@ __all__ = [
     "example_arguments",
     "first_tensor",
     "html_table",
+    "is_whole",
     "json_text",
     "modes_kept",
     "near",
@@ -43,6 +44,7 @@ __all__ = [
     "real",
     "read_tensors",
     "read_texts",
+    "some",
     "tensors_in",
     "text_table",
     "to_device",

@@ -15,7 +15,7 @@ else:
     except ImportError:
 
         class Float:
-            """Stands in for `jaxtyping.Float`: `Float[Tensor, "out in"]` is `Tensor`."""
+            """Replaces `jaxtyping.Float`: `Float[Tensor, "out in"]` is `Tensor`."""
 
             def __class_getitem__(cls, item: tuple[Any, str]) -> Any:
                 """Return the array type alone."""

@@ -47,7 +47,8 @@ class Basis:
     def __post_init__(self) -> None:
         one_of("basis", self.kind, sorted(KINDS), error=DecompositionError)
         one_of("element", self.element, ("", *ELEMENTS), error=DecompositionError)
-        whole(f"size of a {self.kind} basis", self.size, KINDS[self.kind].least, error=DecompositionError)
+        size = whole(f"size of a {self.kind} basis", self.size, KINDS[self.kind].least, error=DecompositionError)
+        object.__setattr__(self, "size", size)
 
     @property
     def columns(self) -> int:

@@ -22,8 +22,7 @@ def check_rank(owner: str, rank: object, full: Rank) -> Rank:
     wanted = full if isinstance(full, tuple) else (full,)
     given = tuple(rank) if isinstance(rank, (tuple, list)) else (rank,)
     counted = isinstance(rank, (tuple, list)) == isinstance(full, tuple) and len(given) == len(wanted)
-    whole = all(isinstance(r, int) and not isinstance(r, bool) for r in given)
-    if not counted or not whole:
+    if not counted or not all(type(r) is int for r in given):
         kind = f"a tuple of {len(wanted)} ints" if isinstance(full, tuple) else "an int"
         raise LayerError(f"{owner}: rank={rank!r} is not {kind}; the full rank is {full}")
     if any(r < 1 or r > most for r, most in zip(given, wanted, strict=True)):

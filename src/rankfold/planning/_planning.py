@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeAlias
 
 from rankfold._common import near, one_of, whole
-from rankfold.errors import PlanError
+from rankfold.errors import MethodError, PlanError
 from rankfold.layers import BLOCKS, TABLE
 from rankfold.planning._choice import methods
 from rankfold.planning._metrics import AUTO, METRICS
@@ -18,6 +18,7 @@ from rankfold.stats import Loss, Mask
 MethodName: TypeAlias = Literal["svd", "cp", "tucker", "tt", "btt", "kronecker", "ring"]
 MetricName: TypeAlias = Literal["auto", "weights", "outputs", "fisher", "fwsvd", "asvd", "whitening"]
 ObjectiveName: TypeAlias = Literal["auto", "squares", "energy", "loss", "tempered", "calibrated"]
+OWN = "one of your own, once its class is registered with rankfold.layers.register"
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _check_methods(names: Any) -> None:
             f"{', '.join(known)}"
         )
     for name in names or ("",):
-        one_of("method", name, known, error=PlanError)
+        one_of("method", name, known, other=OWN, error=MethodError)
 
 
 def plannable() -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold._common import whole
+from rankfold._common import is_whole, whole
 from rankfold.decompose import balanced_shape, bonds, pair_modes, tensor_train, tt_roundings
 from rankfold.errors import DecompositionError, LayerError
 from rankfold.layers._build import copy_
@@ -85,11 +85,9 @@ class TTForm:
     def _any_bonds(self, rank: Any) -> tuple[int, ...]:
         count = len(self.modes) - 1
         inner = tuple(rank) if isinstance(rank, (tuple, list)) else (rank,) * count
-        if len(inner) != count or any(
-            isinstance(bond, bool) or not isinstance(bond, int) or bond < 1 for bond in inner
-        ):
+        if len(inner) != count or not all(map(is_whole, inner)):
             raise LayerError(f"{self.owner}: rank={rank!r} is neither an int >= 1 nor a tuple of {count} of them")
-        return inner
+        return tuple(map(int, inner))
 
     def params(self, rank: Rank) -> int:
         """Return the entries of all cores at a rank."""
@@ -144,11 +142,11 @@ def _default_order(sizes: tuple[int, int]) -> int:
 
 def _checked_shape(owner: str, name: str, shape: object, size: int) -> tuple[int, ...]:
     dims = tuple(shape) if isinstance(shape, (tuple, list)) else ()
-    if not dims or any(isinstance(dim, bool) or not isinstance(dim, int) or dim < 1 for dim in dims):
+    if not dims or not all(map(is_whole, dims)):
         raise LayerError(f"{owner}: {name}={shape!r} is not a tuple of positive ints")
     if math.prod(dims) < size:
         raise LayerError(f"{owner}: {name}={dims} has the product {math.prod(dims)}, which does not cover {size}")
-    return dims
+    return tuple(map(int, dims))
 
 
 def balanced_options(sizes: tuple[int, int]) -> Iterator[Options]:
