@@ -198,6 +198,15 @@ def test_a_plan_of_a_class_that_is_not_registered_says_so(tmp_path):
         rf.Choice("pair", rank=3)
 
 
+def test_a_known_method_for_another_type_of_layer_says_so(tmp_path):
+    with registered(variant(method="cp")):
+        plan = rf.Plan({"0": rf.Choice("cp", rank=3)})
+        rf.save(rf.apply(network(), plan), plan, tmp_path / "small.safetensors")
+    told = "'cp' does not fit Linear: its methods are svd, .* must be registered with rankfold.layers.register"
+    with pytest.raises(StoreError, match=told):
+        rf.load(tmp_path / "small.safetensors", network())
+
+
 def test_a_planning_with_such_a_method_says_so():
     with registered(PairLinear):
         data = Planning(methods=("svd", "pair")).to_data()
