@@ -11,14 +11,18 @@ import torch
 LONG = (  # what `make quick` leaves out: files of many seconds each
     *("reproducible", "structured_layers", "metric", "recalibration", "search", "odd_models", "cp", "layer_errors"),
     *("svd_training", "autocast", "layers_elsewhere", "transformers", "one_road", "conformity", "store", "scripts"),
+    *("layer_initialisation", "svd", "training_elsewhere", "layer_gradients", "layer_times", "training_methods"),
+    *("flexible", "export", "tt_layers", "tt_contraction", "structured_decompositions", "attention", "plots"),
 )
 
 
 def pytest_addoption(parser):
+    """Add what `make quick` says."""
     parser.addoption("--quick", action="store_true", help="leave out the files of many seconds, and all pages")
 
 
 def pytest_ignore_collect(collection_path, config):
+    """Leave out what takes long, where that was asked for."""
     if not config.getoption("--quick"):
         return None
     long = collection_path.name in {f"test_{name}.py" for name in LONG}

@@ -3,22 +3,41 @@
 Times are processor time of the process: on one thread that is what a clock shows on an idle machine, and other
 programs disturb it less. A benchmark is a list of rows (dicts) with the same keys; `write` puts them as a markdown
 table and as JSON into `benchmarks/results/`, with the versions and the number of threads they were measured with.
+
+With `--quick` a benchmark only shows that it runs: the first of its cases, two rounds, nothing written.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+QUICK = "--quick" in sys.argv
+
+T = TypeVar("T")
+
+
+def options(doc: str | None) -> argparse.ArgumentParser:
+    """Return the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one case, two rounds: does it run? Nothing is written")
+    return parser
+
+
+def few(cases: Iterable[T]) -> list[T]:
+    """Return all cases; the first alone of a quick run."""
+    return list(cases)[: 1 if QUICK else None]
 
 
 @dataclass(frozen=True)
@@ -38,6 +57,7 @@ def compare(
     contestants: Mapping[str, Callable[[], Any]], *, rounds: int = 7, warmup: int = 1, per: int = 1
 ) -> dict[str, Timing]:
     """Return the times of every contestant, measured in turn within each round, divided by `per` steps of a call."""
+    rounds = min(rounds, 2) if QUICK else rounds
     for _ in range(warmup):
         for run in contestants.values():
             run()
@@ -82,10 +102,13 @@ def markdown(rows: Sequence[Mapping[str, Any]], conditions: Mapping[str, Any], t
 
 
 def write(name: str, rows: Sequence[Mapping[str, Any]], *, title: str, **conditions: Any) -> None:
-    """Write `results/<name>.md` and `results/<name>.json`, and print the table."""
-    RESULTS.mkdir(exist_ok=True)
+    """Write `results/<name>.md` and `results/<name>.json`, and print the table; a quick run only prints."""
     stated = setting(**conditions)
     text = markdown(rows, stated, title)
+    if QUICK:
+        print(text)
+        return
+    RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
     plain = [{key: _plain(value) for key, value in row.items()} for row in rows]
     (RESULTS / f"{name}.json").write_text(

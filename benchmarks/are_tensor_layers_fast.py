@@ -167,7 +167,7 @@ def measure(case: Case, training: bool, kept: dict[str, list[str]], options: arg
         "peers": {rival.name: results[rival.name] for rival in rivals},
         "skipped": skipped,
         "macs": macs(case),
-        "plan": plan_words(case, training),
+        "plan": schedule_words(case, training),
     }
 
 
@@ -193,7 +193,7 @@ def duels(places: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
 
 
 def macs(case: Case) -> tuple[int, int]:
-    """Return the multiply-adds of a forward pass: of the dense layer and of Rankfold's, as its planner counts them."""
+    """Return the multiply-adds of a forward pass: of the dense layer and of Rankfold's, as its schedule counts them."""
     call = rf.layers.Call(tuple(case.x.shape), (*case.x.shape, case.dense.weight.shape[-1]))
     if case.x.is_floating_point():
         with torch.no_grad():
@@ -203,16 +203,16 @@ def macs(case: Case) -> tuple[int, int]:
     return rf.layers.dense_cost(case.dense, [call]).macs, ours.macs
 
 
-def plan_words(case: Case, training: bool) -> str:
+def schedule_words(case: Case, training: bool) -> str:
     """Return how Rankfold computes the layer."""
     if isinstance(case.ours, rf.layers.TTLinear):
-        plan = case.ours.plan(len(case.x), training)
-        chunks = f", {plan.chunk} rows at a time" if plan.chunk < plan.rows else ""
-        return f"{plan.order}{chunks}{', recomputed' if plan.recomputed else ''}"
+        schedule = case.ours.schedule(len(case.x), training)
+        chunks = f", {schedule.chunk} rows at a time" if schedule.chunk < schedule.rows else ""
+        return f"{schedule.order}{chunks}{', recomputed' if schedule.recomputed else ''}"
     if isinstance(case.ours, rf.layers.TTEmbedding):
-        return str(case.ours.plan(len(case.x.unique())))
-    plan = case.ours.plan(case.x, training)
-    return f"{plan.way} {list(plan.groups)}"
+        return str(case.ours.schedule(len(case.x.unique())))
+    schedule = case.ours.schedule(case.x, training)
+    return f"{schedule.way} {list(schedule.groups)}"
 
 
 # The wide network of Novikov et al. (2015).

@@ -12,7 +12,7 @@ import functools
 from typing import Any
 
 import torch
-from _timing import compare, ratio, write
+from _timing import compare, few, options, ratio, write
 from torch import Tensor, nn
 
 import rankfold as rf
@@ -53,9 +53,10 @@ def _uneven(rank: int | tuple[int, ...]) -> int:
 
 
 def main() -> None:
+    options(__doc__).parse_args()
     torch.set_num_threads(1)
     rows = []
-    for name, (dense, shape) in CASES.items():
+    for name, (dense, shape) in few(CASES.items()):
         x = torch.randn(shape)
         forms = {"svd": FORMS["svd, channel"]} if isinstance(dense, nn.Linear) else FORMS
         layouts = {"NCHW": torch.contiguous_format} | ({"NHWC": torch.channels_last} if x.ndim == 4 else {})

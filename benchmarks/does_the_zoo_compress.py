@@ -9,7 +9,6 @@ are kept in benchmarks/results/does_the_zoo_compress.json and .md as they come, 
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import resource
@@ -17,11 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
+from _timing import few, options
 from torch import Tensor, nn
 
 import rankfold as rf
@@ -180,20 +181,22 @@ def write(results: dict[str, dict[str, Any]], fraction: float) -> None:
 
 def main() -> None:
     """Check the models named, or all that have no result yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("models", nargs="*", help="models to check again; all without a result if none is named")
     parser.add_argument("--fraction", type=float, default=0.5, help="parameters kept")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for one model")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        print(json.dumps(check(options.worker, options.fraction)))
+    parser.add_argument("--worker", help=SUPPRESS)
+    words = parser.parse_args()
+    if words.worker:
+        print(json.dumps(check(words.worker, words.fraction)))
         return
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in options.models or [name for name in names() if name not in results]:
-        results[name] = in_own_process(name, options.fraction, options.timeout)
-        write(results, options.fraction)
-        print(" | ".join(row(results[name], options.fraction)), flush=True)
+    missing = ["mobilenet_v3_small"] if words.quick else [name for name in names() if name not in results]
+    for name in few(words.models or missing):
+        results[name] = in_own_process(name, words.fraction, words.timeout)
+        if not words.quick:
+            write(results, words.fraction)
+        print(" | ".join(row(results[name], words.fraction)), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import tensorly
 import torch
-from _timing import compare, ratio, verdict, write
+from _timing import QUICK, compare, few, options, ratio, verdict, write
 from tensorly.decomposition import partial_tucker
 from torch import Tensor
 
@@ -143,14 +143,16 @@ def tucker_rows(channels: int, rounds: int, dtype: torch.dtype) -> list[dict[str
 
 
 def main() -> None:
+    options(__doc__).parse_args()
     torch.set_num_threads(1)
     tensorly.set_backend("pytorch")
     rows: list[dict[str, Any]] = []
     for dtype in (torch.float32, torch.float64):
-        for channels, rounds in TUCKER_CASES:
+        for channels, rounds in few(TUCKER_CASES):
             rows += tucker_rows(channels, rounds, dtype)
     rows += svd_rows(*SVD_CASES[0], torch.float32) + svd_rows(*SVD_CASES[0], torch.float64)
-    rows += svd_rows(*SVD_CASES[1], torch.float32)
+    for case in SVD_CASES[1:] if not QUICK else ():
+        rows += svd_rows(*case, torch.float32)
     write(
         "how_fast_are_svd_and_tucker",
         rows,

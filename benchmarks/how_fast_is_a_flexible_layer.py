@@ -8,7 +8,6 @@ matrices; what it adds are the activations of its own.
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from _timing import compare, ratio, verdict, write
+from _timing import compare, few, options, ratio, verdict, write
 from torch import Tensor, nn
 
 from rankfold.layers import FlexibleLinear
@@ -86,11 +85,11 @@ def measure(shape: tuple[int, int, int, int], rounds: int, calls: int) -> list[d
 
 def main() -> None:
     """Measure every case and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    rows = [row for shape in SHAPES for row in measure(shape, rounds, calls=5)]
+    rows = [row for shape in few(SHAPES) for row in measure(shape, rounds, calls=5)]
     title = "How fast is a flexible layer, against the Linear-ReLU-Linear of the same rank?"
     write("how_fast_is_a_flexible_layer", rows, title=title, dtype="float32", time="per call")
 

@@ -9,7 +9,6 @@ that of a whole call divided by its sweeps. Errors are those of the returned fac
 
 from __future__ import annotations
 
-import argparse
 import os
 from typing import Any
 
@@ -17,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import tensorly
 import torch
-from _timing import compare, ratio, verdict, write
+from _timing import compare, few, options, ratio, verdict, write
 from tensorly.cp_tensor import CPTensor
 from tensorly.decomposition import parafac
 from torch import Tensor
@@ -98,7 +97,7 @@ def measure(shape: tuple[int, ...], rank: int, sweeps: int, rounds: int, dtype: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("--rounds", type=int, help="instead of five to nine")
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
@@ -106,7 +105,7 @@ def main() -> None:
     rows = [
         measure(shape, rank, sweeps, rounds or usual, dtype)
         for dtype in (torch.float32, torch.float64)
-        for shape, rank, sweeps, usual in CASES
+        for shape, rank, sweeps, usual in few(CASES)
     ]
     title = "How fast is a sweep of CP, and how far from its two matrix products?"
     write("how_fast_is_cp", rows, title=title, tensorly=tensorly.__version__, time="per sweep")

@@ -9,12 +9,11 @@ with slowly decaying scales of its columns: it has no tensor-train structure, so
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import tensorly
 import torch
-from _timing import compare, ratio, write
+from _timing import compare, few, options, ratio, write
 from tensorly.decomposition import tensor_train as peer_tensor_train
 from torch import Tensor
 
@@ -56,13 +55,13 @@ def row(tensor: Tensor, rank: int, dtype: torch.dtype, rounds: int) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     tensorly.set_backend("pytorch")
     tensor = folded_matrix()
-    rows = [row(tensor, rank, dtype, rounds) for rank in RANKS for dtype in DTYPES]
+    rows = [row(tensor, rank, dtype, rounds) for rank in few(RANKS) for dtype in DTYPES]
     title = "How fast is the TT-SVD of 4096 x 4096 folded to 8^4 x 8^4?"
     write("how_fast_is_tt_svd", rows, title=title, tensorly=tensorly.__version__, rounds=rounds)
 

@@ -9,13 +9,12 @@ built (libraries loaded and warm), in units of the model's size: the model itsel
 
 from __future__ import annotations
 
-import argparse
 import resource
 import time
 
 import torch
 import torchvision
-from _timing import write
+from _timing import options, write
 from torch import nn
 
 import rankfold as rf
@@ -34,15 +33,16 @@ def warm_up() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    words = parser.parse_args()
+    name = "resnet18" if words.quick else words.model
+    torch.set_num_threads(words.threads)
     warm_up()
     before = resident()
     torch.manual_seed(0)
-    model = torchvision.models.get_model(options.model, weights=None).eval()
+    model = torchvision.models.get_model(name, weights=None).eval()
     size = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     start = time.perf_counter()
     stats = rf.measure(model, example=torch.randn(1, 3, 224, 224))
@@ -62,7 +62,7 @@ def main() -> None:
         "peak, target < 3x the model": f"{peak / size:.2f}x: {'met' if peak < 3 * size else 'missed'}",
     }
     title = "How long does a plan take?"
-    write("how_long_does_a_plan_take", [{"network": options.model} | row], title=title, clock="wall time")
+    write("how_long_does_a_plan_take", [{"network": name} | row], title=title, clock="wall time")
 
 
 if __name__ == "__main__":

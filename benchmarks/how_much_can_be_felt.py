@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from is_the_promised_latency_met import BATCHES, FELT, KEPT_MEMORY, RUNTIMES, build, options_of_settings
+from _timing import few
+from is_the_promised_latency_met import BATCHES, FELT, KEPT_MEMORY, RUNTIMES, build, options_of_settings, seconds
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 import rankfold as rf
@@ -99,21 +100,22 @@ def write(results: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     """Measure the models named, or all that have no result yet, every setting in a process of its own."""
-    options = options_of_settings(__doc__).parse_args()
-    if options.worker:
-        print(json.dumps(check(*json.loads(options.models[0]), seconds=options.seconds)))
+    words = options_of_settings(__doc__).parse_args()
+    if words.worker:
+        print(json.dumps(check(*json.loads(words.models[0]), seconds=words.seconds)))
         return
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    settings = itertools.product(options.models or MODELS, options.runtime or RUNTIMES, options.batch or BATCHES)
-    for setting in settings:
-        key = " ".join([*map(str, setting), *(["kept memory"] if options.kept_memory else [])])
-        if key in results and not options.models:
+    settings = itertools.product(words.models or MODELS, words.runtime or RUNTIMES, words.batch or BATCHES)
+    for setting in few(settings):
+        key = " ".join([*map(str, setting), *(["kept memory"] if words.kept_memory else [])])
+        if key in results and not (words.models or words.quick):
             continue
-        words = [sys.executable, __file__, json.dumps(setting), "--worker", "--seconds", str(options.seconds)]
-        environment = {**os.environ, **(KEPT_MEMORY if options.kept_memory else {})}
-        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-        results[key] = {**json.loads(done.stdout.splitlines()[-1]), "kept_memory": options.kept_memory}
-        write(results)
+        worker = [sys.executable, __file__, json.dumps(setting), "--worker", "--seconds", str(seconds(words))]
+        environment = {**os.environ, **(KEPT_MEMORY if words.kept_memory else {})}
+        done = subprocess.run(worker, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+        results[key] = {**json.loads(done.stdout.splitlines()[-1]), "kept_memory": words.kept_memory}
+        if not words.quick:
+            write(results)
         print(key, results[key]["best"], flush=True)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torchvision
+from _timing import few, options
 from torch import Tensor, nn
 
 import rankfold as rf
@@ -185,32 +186,37 @@ def write(results: dict[str, dict[str, Any]]) -> None:
     RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def in_own_process(setting: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Any]:
+def in_own_process(setting: tuple[Any, ...], words: argparse.Namespace) -> dict[str, Any]:
     """Run `check` in a process of its own; a failure is a result too."""
-    words = [json.dumps(setting), "--worker", "--seconds", str(options.seconds)]
-    head = {**dict(zip(COLUMNS, setting, strict=False)), "kept_memory": options.kept_memory}
-    environment = {**os.environ, **(KEPT_MEMORY if options.kept_memory else {})}
+    worker = [json.dumps(setting), "--worker", "--seconds", str(seconds(words))]
+    head = {**dict(zip(COLUMNS, setting, strict=False)), "kept_memory": words.kept_memory}
+    environment = {**os.environ, **(KEPT_MEMORY if words.kept_memory else {})}
     try:
         done = subprocess.run(
-            [sys.executable, __file__, *words],
+            [sys.executable, __file__, *worker],
             capture_output=True,
             text=True,
-            timeout=options.timeout,
+            timeout=words.timeout,
             check=True,
             env=environment,
         )
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return {**result, "kept_memory": options.kept_memory}
+        return {**result, "kept_memory": words.kept_memory}
     except subprocess.TimeoutExpired:
-        return {**head, "note": f"not finished in {options.timeout:.0f} s"}
+        return {**head, "note": f"not finished in {words.timeout:.0f} s"}
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or [f"ended with code {error.returncode}"]
         return {**head, "note": f"failed: {lines[-1]}"}
 
 
+def seconds(words: argparse.Namespace) -> float:
+    """Return the time to spend on the layers of one model."""
+    return 1.0 if words.quick else float(words.seconds)
+
+
 def options_of_settings(doc: str | None) -> argparse.ArgumentParser:
     """Return the options that choose models, runtimes and batch sizes, each setting in a process of its own."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(doc)
     parser.add_argument("models", nargs="*", help="models to measure again; all without a result if none is named")
     parser.add_argument("--runtime", action="append", choices=RUNTIMES, help="only this runtime")
     parser.add_argument("--batch", action="append", type=int, help="only this batch size")
@@ -226,24 +232,25 @@ def main() -> None:
     parser.add_argument("--threads", action="append", type=int, help="only this number of threads")
     parser.add_argument("--budget", action="append", help="only this budget, such as macs=0.5,latency=0.6")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for one setting")
-    options = parser.parse_args()
-    if options.worker:
-        print(json.dumps(check(*json.loads(options.models[0]), seconds=options.seconds)))
+    words = parser.parse_args()
+    if words.worker:
+        print(json.dumps(check(*json.loads(words.models[0]), seconds=words.seconds)))
         return
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     settings = itertools.product(
-        options.models or MODELS,
-        options.runtime or RUNTIMES,
-        options.batch or BATCHES,
-        options.threads or THREADS,
-        options.budget or BUDGETS,
+        words.models or MODELS,
+        words.runtime or RUNTIMES,
+        words.batch or BATCHES,
+        words.threads or THREADS,
+        words.budget or BUDGETS,
     )
-    for setting in settings:
-        key = " ".join([*map(str, setting), *(["kept memory"] if options.kept_memory else [])])
-        if key in results and not options.models:
+    for setting in few(settings):
+        key = " ".join([*map(str, setting), *(["kept memory"] if words.kept_memory else [])])
+        if key in results and not (words.models or words.quick):
             continue
-        results[key] = in_own_process(setting, options)
-        write(results)
+        results[key] = in_own_process(setting, words)
+        if not words.quick:
+            write(results)
         print(" | ".join(row(results[key])), flush=True)
 
 

@@ -3,7 +3,7 @@
     python benchmarks/should_a_kernel_be_rebuilt.py            # every layer, then the network of reproduce/cp_mnist
     python benchmarks/should_a_kernel_be_rebuilt.py mnist      # that network alone, printed and not written
 
-Dense, stage by stage, by the kernel rebuilt from its factors, and as the layer plans it, in turn within each round;
+Dense, stage by stage, by the kernel rebuilt from its factors, and as the layer schedules it, in turn within each round;
 float32, one thread, channels last: on a processor that is the faster format for dense and factorised alike. Training is
 forward and backward to the weights, and to the input but for the first layer of a network.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _timing import Timing, compare, ratio, verdict, write
+from _timing import Timing, compare, few, options, ratio, verdict, write
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -85,7 +85,7 @@ def row(form: Form, dense: nn.Module, x: Tensor, step: Callable[..., None]) -> d
     layer = kind.like(dense, **options).to(memory_format=torch.channels_last)
     x = x if step is training else x.detach()
     with torch.set_grad_enabled(step is training):
-        plan = layer.plan(x)
+        schedule = layer.schedule(x)
     reduction = rf.measure(dense, example=x).macs / rf.measure(layer, example=x).macs
     calls = max(1, min(20, int(WORK / (rf.measure(dense, example=x).macs * len(x)))))
     times = measured(layer, dense, x, step, calls)
@@ -96,7 +96,7 @@ def row(form: Form, dense: nn.Module, x: Tensor, step: Callable[..., None]) -> d
         "form": ", ".join([kind.__name__, *(f"{name} {value}" for name, value in options.items())]),
         "mode": step.__name__,
         **times,
-        "plan": plan.way,
+        "plan": schedule.way,
         "planned / best": f"{ratio(times['planned'], best):.2f}",
         "planned / dense": f"{over:.2f}",
         "of fewer MACs": f"{reduction:.2f}x",
@@ -106,7 +106,7 @@ def row(form: Form, dense: nn.Module, x: Tensor, step: Callable[..., None]) -> d
 
 def rows_of_layers() -> list[dict[str, Any]]:
     rows = []
-    for into, out, size, batches, padding, forms in CASES:
+    for into, out, size, batches, padding, forms in few(CASES):
         for batch in batches:
             dense = nn.Conv2d(into, out, 3, padding=padding).to(memory_format=torch.channels_last)
             x = torch.randn(batch, into, size, size).to(memory_format=torch.channels_last).requires_grad_(into > 1)
@@ -145,9 +145,12 @@ def rows_of_the_network() -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("only", nargs="?", choices=["mnist"], help="that network alone, printed and not written")
+    words = parser.parse_args()
     torch.set_num_threads(1)
     gc.freeze()  # what is there already need not be looked through before every sample
-    if sys.argv[1:] == ["mnist"]:
+    if words.only:
         for line in rows_of_the_network():
             print(list(map(str, line.values())))
         return

@@ -10,13 +10,12 @@ costs. Penalties computed layer by layer are beside those computed for all layer
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _timing import compare, ratio, verdict, write
+from _timing import compare, few, options, ratio, verdict, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -66,15 +65,15 @@ def layer_by_layer(run: SVDTraining) -> Callable[[], None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    words = parser.parse_args()
+    torch.set_num_threads(words.threads)
     torch.manual_seed(0)
     images, labels = torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
     rows = []
-    for split in ("spatial", "channel"):
+    for split in few(("spatial", "channel")):
         for dtype in (torch.float32, torch.bfloat16):
             dense = ResNet20()
             form, _ = rf.train.svd_form(dense, split)
@@ -85,7 +84,7 @@ def main() -> None:
                 "penalty": penalty_of(run),
                 "layer by layer": layer_by_layer(run),
             }
-            times = compare(contestants, rounds=options.rounds)
+            times = compare(contestants, rounds=words.rounds)
             share = 1 / ratio(times["form"], times["penalty"])
             rows.append(
                 {

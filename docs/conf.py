@@ -8,4 +8,5 @@ myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
+napoleon_use_ivar = True  # attributes are told in their class: a field named "bytes" is no target for the type
 exclude_patterns = ["_build"]

@@ -93,6 +93,21 @@ class Pair:
     score: float
 
 
+_first: int | None = None  # so many images or pairs alone, where a run was shortened
+_made_in: Path | None = None
+
+
+def shorten(count: int, made_in: Path) -> None:
+    """Return only the first images of each part, or pairs, from now on, and let what is made of them be kept here."""
+    global _first, _made_in
+    _first, _made_in = count, made_in
+
+
+def made_in() -> Path:
+    """Return the folder that a reproduction keeps in what it has made: trained networks, checkpoints, scores."""
+    return _cache_folder() if _made_in is None else _made_in
+
+
 def mnist() -> Images:
     """Return the 60,000 + 10,000 images of MNIST (1 × 28 × 28)."""
     return _idx_images("mnist", MNIST_URL, MNIST_MD5)
@@ -107,15 +122,14 @@ def cifar10() -> Images:
     """Return the first 25,000 training and the first 1,000 test images of CIFAR-10 (3 × 32 × 32, RGB)."""
     path = _located(Path("cifar10", "cifar10.npz"), _make_cifar10)
     with np.load(path, allow_pickle=False) as arrays:
-        return Images(
-            *(
-                torch.from_numpy(arrays[f"{part}_images"]).permute(0, 3, 1, 2).contiguous()
-                if kind == "images"
-                else torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64))
-                for part in ("train", "test")
-                for kind in ("images", "labels")
-            )
-        )
+        parts = [
+            torch.from_numpy(arrays[f"{part}_images"]).permute(0, 3, 1, 2).contiguous()
+            if kind == "images"
+            else torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64))
+            for part in ("train", "test")
+            for kind in ("images", "labels")
+        ]
+    return Images(*(part[:_first] for part in parts))
 
 
 def resnet20_weights() -> dict[str, Tensor]:
@@ -141,7 +155,7 @@ def stsb_dev() -> list[Pair]:
     """Return the 1,500 development pairs of the STS benchmark (Cer et al. 2017)."""
     text = _located(Path("stsb", "sts-dev.csv"), _make_stsb).read_text(encoding="utf-8")
     rows = [line.split("\t") for line in text.splitlines()]
-    return [Pair(row[5], row[6], float(row[4])) for row in rows]
+    return [Pair(row[5], row[6], float(row[4])) for row in rows[:_first]]
 
 
 def tinyshakespeare() -> str:
@@ -208,7 +222,8 @@ def _idx_images(folder: str, url: str, digests: tuple[str, ...], *system: Path) 
         make = partial(_make_idx, url + file, digest)
         path = _located(Path(folder, file), make, *(place / file for place in system))
         parts.append(_read_idx(_checked(gzip.decompress(path.read_bytes()), digest, path)))
-    return Images(parts[0].unsqueeze(1), parts[1].long(), parts[2].unsqueeze(1), parts[3].long())
+    images = (parts[0].unsqueeze(1), parts[1].long(), parts[2].unsqueeze(1), parts[3].long())
+    return Images(*(part[:_first] for part in images))
 
 
 def _make_idx(url: str, digest: str) -> bytes:

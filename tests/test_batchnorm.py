@@ -64,7 +64,7 @@ class Failing:
         ([data()[0], data()[0] * math.nan], DataError, "NaN or Inf"),
         (Failing(), KeyboardInterrupt, None),
         ([data()[0], data()[0][:1]], ValueError, "more than 1 value"),
-        ([3], DataError, "a batch is"),
+        ([3], DataError, "a batch must be"),
     ],
     ids=["empty", "nan", "interrupted", "one row", "no batch"],
 )

@@ -161,7 +161,7 @@ def test_in_one_call_it_is_better_than_without(solved):
 def test_a_block_is_solved_by_name(monkeypatch):
     assert _work.ROWS == 20_000
     monkeypatch.setattr(_work, "ROWS", 0)
-    monkeypatch.setattr("rankfold.train.flexible._decouple.SHARES", (4, 8))
+    monkeypatch.setattr("rankfold.train.flexible._decouple.RANK_DIVISORS", (4, 8))
     small, plan = rf.compress(
         MODEL, DATA, budget=rf.Budget(params=0.3), planning=rf.Planning(blocks="0:2", recalibrate=False)
     )

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from rankfold._common import near, one_of, real, whole
+import rankfold as rf
+from rankfold._common import is_whole, near, one_of, real, some, whole
 from rankfold.errors import PlanError, RankfoldError
 
 
@@ -64,6 +65,21 @@ def test_names_and_what_was_meant():
         with pytest.raises(PlanError) as caught:
             one_of("schedule", value, known, other="a function", error=PlanError)
         assert str(caught.value) == f"schedule must be 'cosine', 'constant' or a function, got {said}"
+
+
+def test_a_list_of_names_says_how_many_are_left_out():
+    names = list("abcdefg")
+    assert some(names[:5]) == "a, b, c, d, e"
+    assert some(names) == "a, b, c, d, e and 2 more"
+    assert some([]) == ""
+
+
+def test_numbers_of_numpy_are_stored_as_those_of_python():
+    assert is_whole(np.int64(3), 3)
+    assert not is_whole(np.int64(3), 4)
+    size = np.int64(4)
+    shapes = rf.layers.TTLinear(12, 12, rank=2, in_shape=(3, size), out_shape=(size, 3)).options
+    assert {type(n) for shape in (shapes["in_shape"], shapes["out_shape"]) for n in shape} == {int}
 
 
 def test_the_nearest_names():

@@ -280,7 +280,7 @@ def test_a_plan_that_does_not_fit_is_refused(tmp_path):
             apply(model, Plan(layers), init="random")
     with pytest.raises(PlanError, match="decouple"):
         apply(model, Plan({"1:3": choice}))
-    with pytest.raises(PlanError, match="unknown method"):
+    with pytest.raises(PlanError, match="did you mean 'flexible'"):
         Plan({"1": Choice("flexibel", 2)})
     small = apply(model, Plan({"1:3": choice}), init="random")
     for wrong in (Choice("flexible", 5), Choice("flexible", 4, {"basis": "legendre"})):

@@ -67,7 +67,7 @@ def test_other_errors_are_at_most_what_is_predicted(layer, options, data):
 @few
 def test_tensor_train_errors_are_within_the_bound_of_their_unfoldings(layer, options, data):
     dense, rank, _, actual = draw_layer(data, layer, options)
-    train = layer._train_of(dense)
+    train = layer._form_of(dense)
     folded = train.fold(layer._matrix_of(dense))
     bound = 0.0
     for k, bond in enumerate(train.chain(rank).ranks[1:-1]):

@@ -74,7 +74,7 @@ def test_report_without_measurements_is_drawn(tmp_path):
 
 
 def test_unknown_suffix_is_refused(tmp_path):
-    with pytest.raises(RankfoldError, match="not 'docx'"):
+    with pytest.raises(RankfoldError, match="got 'docx'"):
         plot_plan(PLAN, tmp_path / "a.docx")
     assert list(tmp_path.iterdir()) == []
 

@@ -413,7 +413,7 @@ def test_padding_tokens_do_not_count():
         (DATA, {"damping": 0.0}, "damping"),
         (DATA, {"patches": 0}, "patches"),
         ([DATA[0], DATA[1] * torch.nan], {}, "batch 1.*layer '0'.*NaN"),
-        (["text"], {}, "a batch is"),
+        (["text"], {}, "a batch must be"),
     ],
 )
 def test_refusals(loader, options, message):

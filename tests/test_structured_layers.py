@@ -98,7 +98,7 @@ def test_costs_are_counted(kind, share, rows, size):
     assert cost.macs == counter.get_total_flops() // 2
     assert cost.params == sum(p.numel() for p in layer.parameters())
     if kind is not BTTLinear:
-        assert layer.plan(rows, training=False).macs(rows) == cost.macs
+        assert layer.schedule(rows, training=False).macs(rows) == cost.macs
 
 
 def test_parameters_and_products_of_a_block_train_are_the_published_formula():
@@ -115,7 +115,7 @@ def test_every_way_of_cutting_a_ring_gives_the_same(head, rows):
     layer = TRLinear(36, 24, dtype=F64, rank=3, in_shape=(2, 3, 3, 2), out_shape=(2, 3, 2, 2))
     shapes, x = tuple(_core_shapes(layer._form, 3)), torch.randn(rows, 36, dtype=F64)
     way = _cut_after(shapes, head, rows, True) if head else _rebuilt(shapes, rows, True)
-    layer._plans = {mode: (way,) * len(PLANNED) for mode in (False, True)}
+    layer._schedules = {mode: (way,) * len(PLANNED) for mode in (False, True)}
     expected = nn.functional.linear(x, layer.weight, layer.bias)
     with FlopCounterMode(display=False) as counter:
         actual = layer(x)
@@ -129,8 +129,8 @@ def test_rings_are_cut_at_large_sizes_and_rebuilt_at_small_ones():
     wide = TRLinear(3072, 262144, rank=2, in_shape=(4, 4, 4, 4, 4, 3), out_shape=(8,) * 6, device="meta")
     small = TRLinear(64, 64, rank=8)
     for training in (True, False):
-        assert all(wide.plan(rows, training).head for rows in (1, 32, 10_000))
-        assert small.plan(10_000, training).head == 0
+        assert all(wide.schedule(rows, training).head for rows in (1, 32, 10_000))
+        assert small.schedule(10_000, training).head == 0
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())

@@ -432,7 +432,7 @@ def test_bad_pruning(arguments, message):
     [
         ({"kind": "l2"}, "kind must be .*, got 'l2'"),
         ({"orthogonality": -1.0}, "orthogonality must be a number >= 0"),
-        ({"orthogonality": "penalty"}, "neither a weight nor 'retraction'"),
+        ({"orthogonality": "penalty"}, "must be a weight >= 0 or 'retraction'"),
         ({"sparsity": float("nan")}, "sparsity must be a number >= 0, got nan"),
         ({"schedule": "cosine"}, "schedule must be 'constant' or a function of the step, got 'cosine'"),
     ],

@@ -1,4 +1,4 @@
-"""Is a tensor train contracted in the planned order, within the planned memory, with the same result in each order?"""
+"""Is a tensor train contracted in the scheduled order, within the memory predicted, with equal results in any order?"""
 
 import dataclasses
 import itertools
@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import rankfold as rf
 from rankfold.errors import LayerError, PlanError
 from rankfold.layers import TTConv1d, TTConv2d, TTLinear
-from rankfold.layers.tensor import _tt_conv_plan, _tt_order
+from rankfold.layers.tensor import _tt_conv_schedule, _tt_order
 from rankfold.layers.tensor._tt_contract import contract, merge
-from rankfold.layers.tensor._tt_order import BATCHES, CHUNK, Chain, Step, bucket, order_of, plan_sweep
-from rankfold.layers.tensor._tt_plan import sweeps
+from rankfold.layers.tensor._tt_order import BATCHES, CHUNK, Chain, Step, bucket, order_of, schedule_sweep
+from rankfold.layers.tensor._tt_schedule import sweeps
 
 few = settings(max_examples=15, deadline=None, derandomize=True)
 F64 = torch.float64
@@ -48,8 +48,8 @@ def groupings(order):
 
 def force(layer, sweep):
     """Make a layer take one order for every batch and mode."""
-    plans = (sweep,) * len(BATCHES)
-    layer._plans = {False: plans, True: plans}
+    schedules = (sweep,) * len(BATCHES)
+    layer._schedules = {False: schedules, True: schedules}
     return layer
 
 
@@ -119,7 +119,7 @@ def test_a_layer_equals_its_dense_layer_in_every_order(inputs, outputs, options,
 @pytest.mark.parametrize("training", [False, True])
 @given(data=st.data())
 @few
-def test_the_plan_counts_what_is_done_and_allocated(training, data):
+def test_the_schedule_counts_what_is_done_and_allocated(training, data):
     order = data.draw(st.integers(2, 4))
     dims = st.lists(st.integers(2, 8), min_size=order, max_size=order).map(tuple)
     in_shape, out_shape = data.draw(dims), data.draw(dims)
@@ -127,16 +127,16 @@ def test_the_plan_counts_what_is_done_and_allocated(training, data):
     layer = TTLinear(
         *sizes, False, rank=data.draw(st.integers(1, 9)), redundant=True, in_shape=in_shape, out_shape=out_shape
     )
-    plan = layer.plan(rows, training)
+    schedule = layer.schedule(rows, training)
     x = torch.randn(rows, sizes[0], requires_grad=training)
     with torch.set_grad_enabled(training), FlopCounterMode(display=False) as counter, Made() as made:
         output = layer(x)
-    assert counter.get_total_flops() == 2 * plan.macs
-    assert made.largest <= max(plan.peak, 4 * output.numel(), 4 * x.numel())
+    assert counter.get_total_flops() == 2 * schedule.macs
+    assert made.largest <= max(schedule.peak, 4 * output.numel(), 4 * x.numel())
     if training:
         with FlopCounterMode(display=False) as counter:
             output.sum().backward()
-        assert counter.get_total_flops() == 2 * plan.backward_macs
+        assert counter.get_total_flops() == 2 * schedule.backward_macs
 
 
 @pytest.mark.parametrize(
@@ -150,14 +150,14 @@ def test_the_plan_counts_what_is_done_and_allocated(training, data):
 @pytest.mark.parametrize("training", [False, True])
 def test_no_intermediate_exceeds_the_bound(sizes, options, rank, batch, training):
     layer = TTLinear(*sizes, rank=rank, **options)
-    plan = layer.plan(batch, training)
-    assert plan.chunk < batch
-    assert plan.peak <= 4 * CHUNK
+    schedule = layer.schedule(batch, training)
+    assert schedule.chunk < batch
+    assert schedule.peak <= 4 * CHUNK
     x = torch.randn(batch, sizes[0], requires_grad=training)
     with torch.set_grad_enabled(training), Made() as made:
         output = layer(x)
     ends = 4 * max(x.numel(), output.numel())
-    assert made.largest <= max(plan.peak, ends)
+    assert made.largest <= max(schedule.peak, ends)
     if training:
         with Made() as made:
             output.sum().backward()
@@ -166,18 +166,18 @@ def test_no_intermediate_exceeds_the_bound(sizes, options, rank, batch, training
 
 @given(st.data())
 @few
-def test_the_planned_order_is_the_fastest_of_the_model(data):
+def test_the_scheduled_order_is_the_fastest_of_the_model(data):
     order = data.draw(st.integers(2, 5))
     dims = st.lists(st.integers(1, 9), min_size=order, max_size=order).map(tuple)
     ranks = data.draw(st.lists(st.integers(1, 20), min_size=order - 1, max_size=order - 1))
     chain, rows = Chain(data.draw(dims), data.draw(dims), (1, *ranks, 1)), data.draw(st.sampled_from(BATCHES))
     training = data.draw(st.booleans())
-    plan = plan_sweep(chain, rows, training=training)
+    schedule = schedule_sweep(chain, rows, training=training)
     scores = []
     for from_left in (True, False):
         seconds = _tt_order._seconds(chain, rows, from_left, training, 1)
         scores += [_tt_order.RATE * sum(itertools.starmap(seconds, groups)) for groups in groupings(order)]
-    assert plan.score * _tt_order.TIE <= min(scores) <= plan.score * (1 + 1e-9)
+    assert schedule.score * _tt_order.TIE <= min(scores) <= schedule.score * (1 + 1e-9)
 
 
 def trees(start, stop):
@@ -231,33 +231,33 @@ def test_halves_are_merged_first_where_that_is_a_third_less():
 def test_no_product_of_a_merge_exceeds_the_bound():
     chain = Chain((8,) * 4, (8,) * 4, (1, 5000, 5000, 5000, 1))  # the weight is small, half of it is not
     assert chain.core(0, 4) <= _tt_order.LARGEST_MERGE < chain.core(0, 2)
-    assert plan_sweep(chain, 16384).groups == tuple((k, k + 1) for k in range(4))
+    assert schedule_sweep(chain, 16384).groups == tuple((k, k + 1) for k in range(4))
 
 
-def test_plans_differ_between_batches_and_are_cached():
+def test_schedules_differ_between_batches_and_are_cached():
     chain = Chain((8,) * 4, (8,) * 4, (1, 8, 8, 8, 1))
-    assert len(plan_sweep(chain, 1).groups) > len(plan_sweep(chain, 1024).groups) == 2
-    assert plan_sweep(chain, 1024) is plan_sweep(Chain((8,) * 4, (8,) * 4, (1, 8, 8, 8, 1)), 1024)
+    assert len(schedule_sweep(chain, 1).groups) > len(schedule_sweep(chain, 1024).groups) == 2
+    assert schedule_sweep(chain, 1024) is schedule_sweep(Chain((8,) * 4, (8,) * 4, (1, 8, 8, 8, 1)), 1024)
     layer = TTLinear(4096, 4096, rank=8, **SQUARE)
-    assert layer.plan(1000) is layer.plan(1000)
+    assert layer.schedule(1000) is layer.schedule(1000)
     assert [bucket(rows) for rows in (0, 1, 2, 10**9)] == [0, 0, 1, len(BATCHES) - 1]
 
 
-def test_the_mode_of_a_plan_is_that_of_a_call():
+def test_the_mode_of_a_schedule_is_that_of_a_call():
     layer = TTLinear(64, 64, rank=4)
-    assert layer.plan(8).training
+    assert layer.schedule(8).training
     with torch.no_grad():
-        assert not layer.plan(8).training
-    assert not layer.requires_grad_(False).plan(8).training
-    assert layer.plan(8, training=True).backward_macs > 0 == layer.plan(8, training=False).backward_macs
+        assert not layer.schedule(8).training
+    assert not layer.requires_grad_(False).schedule(8).training
+    assert layer.schedule(8, training=True).backward_macs > 0 == layer.schedule(8, training=False).backward_macs
 
 
-def test_a_plan_prints_its_order():
-    plan = TTLinear(4096, 4096, rank=8, **SQUARE).plan(1024, training=True)
-    assert plan.order == "cores (1 2)(3 4) from the left"
-    assert str(plan).splitlines()[0] == "cores (1 2)(3 4) from the left: 1024 rows 16 at a time, training"
-    assert "kept for backward" in str(plan)
-    small = TTLinear(6, 6, rank=4).plan(4000, training=False)
+def test_a_schedule_prints_its_order():
+    schedule = TTLinear(4096, 4096, rank=8, **SQUARE).schedule(1024, training=True)
+    assert schedule.order == "cores (1 2)(3 4) from the left"
+    assert str(schedule).splitlines()[0] == "cores (1 2)(3 4) from the left: 1024 rows 16 at a time, training"
+    assert "kept for backward" in str(schedule)
+    small = TTLinear(6, 6, rank=4).schedule(4000, training=False)
     assert small.rebuilt
     assert "the dense weight rebuilt" in str(small)
 
@@ -286,11 +286,11 @@ RECOMPUTED = [
 @pytest.fixture
 def chained(monkeypatch):
     """Convolutions that never rebuild their kernel."""
-    monkeypatch.setattr(_tt_conv_plan, "FILTERING", 1e15)
-    monkeypatch.setattr(_tt_conv_plan, "CONVOLVING", 1.0)
-    _tt_conv_plan.plan_conv.cache_clear()
+    monkeypatch.setattr(_tt_conv_schedule, "FILTERING", 1e15)
+    monkeypatch.setattr(_tt_conv_schedule, "CONVOLVING", 1.0)
+    _tt_conv_schedule.schedule_conv.cache_clear()
     yield
-    _tt_conv_plan.plan_conv.cache_clear()
+    _tt_conv_schedule.schedule_conv.cache_clear()
 
 
 def saved_for_backward(layer, x):
@@ -319,20 +319,20 @@ def test_recomputing_changes_nothing_but_what_is_kept(make, size):
     assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
     shape = x.reshape(-1, x.shape[-1]).shape[0] if isinstance(layer, TTLinear) else x.shape
-    plans = [each.plan(shape, training=True) for each in (layer, again)]
-    assert [plan.recomputed for plan in plans] == [False, True]
-    assert plans[0].saved > plans[1].saved == 0
-    assert plans[1].backward_macs > plans[0].backward_macs
+    schedules = [each.schedule(shape, training=True) for each in (layer, again)]
+    assert [schedule.recomputed for schedule in schedules] == [False, True]
+    assert schedules[0].saved > schedules[1].saved == 0
+    assert schedules[1].backward_macs > schedules[0].backward_macs
     (_, much), (_, little) = (saved_for_backward(each, x.clone().requires_grad_()) for each in (layer, again))
-    assert little < much - plans[0].saved // 2
+    assert little < much - schedules[0].saved // 2
     patient = make(recompute=1e9)
-    assert not patient.plan(shape, training=True).recomputed
+    assert not patient.schedule(shape, training=True).recomputed
 
 
 def test_recompute_compares_intermediates_with_input_and_output():
     chain = Chain((8,) * 4, (8,) * 4, (1, 8, 8, 8, 1))
-    plan = plan_sweep(chain, 1024, training=True)
-    factor = plan.kept(chain) / (2 * 4096)
+    schedule = schedule_sweep(chain, 1024, training=True)
+    factor = schedule.kept(chain) / (2 * 4096)
     assert [sweeps(chain, limit)[True][4].recompute for limit in (None, factor, 0.99 * factor)] == [False, False, True]
     assert not any(sweep.recompute for sweep in sweeps(chain, 0.0)[False])
 
@@ -435,9 +435,9 @@ def test_the_wide_net_of_novikov_keeps_little():
     back = TTLinear(262144, 4096, rank=8, in_shape=(8,) * 6, out_shape=(4,) * 6, recompute=1.0)
     assert sum(p.numel() for p in wide.cores) == 8640
     for layer in (wide, back):
-        plan = layer.plan(32, training=True)
-        assert plan.peak <= 4 * CHUNK
-        assert plan.saved < 2**28
+        schedule = layer.schedule(32, training=True)
+        assert schedule.peak <= 4 * CHUNK
+        assert schedule.saved < 2**28
     x = torch.randn(2, 3072)
     with Made() as made:
         back(torch.relu(wide(x))).square().mean().backward()

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rankfold.errors import LayerError
 from rankfold.layers import Call, TTConv1d, TTConv2d, TTConv3d, TTEmbedding, TTLinear
 from rankfold.layers.tensor._tt_contract import contract
-from rankfold.layers.tensor._tt_conv_plan import ConvPlan, plan_conv
-from rankfold.layers.tensor._tt_order import BATCHES, Chain, bucket, plan_sweep
+from rankfold.layers.tensor._tt_conv_schedule import ConvSchedule, schedule_conv
+from rankfold.layers.tensor._tt_order import BATCHES, Chain, bucket, schedule_sweep
 
 few = settings(max_examples=20, deadline=None, derandomize=True)
 F64 = torch.float64
@@ -71,30 +71,30 @@ def test_linear_equals_its_dense_layer(inputs, outputs, in_shape, out_shape, cap
 
 @given(st.data())
 @few
-def test_the_plan_is_the_cheapest_and_counts_its_products(data):
+def test_the_schedule_is_the_cheapest_and_counts_its_products(data):
     order = data.draw(st.integers(2, 4))
     dims = st.lists(st.integers(1, 9), min_size=order, max_size=order).map(tuple)
     ranks = data.draw(st.lists(st.integers(1, 9), min_size=order - 1, max_size=order - 1))
     chain = Chain(data.draw(dims), data.draw(dims), (1, *ranks, 1))
     rows = data.draw(st.sampled_from([1, 4, 64]))
-    plan = plan_sweep(chain, rows)
-    assert [group[0] for group in plan.groups[1:]] == [group[1] for group in plan.groups[:-1]]
-    assert (plan.groups[0][0], plan.groups[-1][1]) == (0, order)
+    schedule = schedule_sweep(chain, rows)
+    assert [group[0] for group in schedule.groups[1:]] == [group[1] for group in schedule.groups[:-1]]
+    assert (schedule.groups[0][0], schedule.groups[-1][1]) == (0, order)
     cores = [torch.randn(shape) for shape in chain.shapes]
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        contract(torch.randn(rows, math.prod(chain.in_shape), 1), cores, plan)
-    assert counter.get_total_flops() == 2 * plan.macs(rows)
+        contract(torch.randn(rows, math.prod(chain.in_shape), 1), cores, schedule)
+    assert counter.get_total_flops() == 2 * schedule.macs(rows)
 
 
-def test_large_batches_merge_and_the_last_plan_serves_symbols():
+def test_large_batches_merge_and_the_last_schedule_serves_symbols():
     chain = Chain((8,) * 4, (8,) * 4, (1, 8, 8, 8, 1))
-    assert len(plan_sweep(chain, 1024).groups) < 4
+    assert len(schedule_sweep(chain, 1024).groups) < 4
     assert bucket(1) == 0
     assert bucket(2) == bucket(4) == 1
     assert bucket(10**9) == len(BATCHES) - 1
     wide = Chain((8,) * 6, (4, 4, 4, 4, 4, 3), (1, *(8,) * 5, 1))
     for rows in BATCHES:
-        assert all(wide.core(*group) <= 2**24 for group in plan_sweep(wide, rows).groups)
+        assert all(wide.core(*group) <= 2**24 for group in schedule_sweep(wide, rows).groups)
 
 
 @pytest.mark.parametrize(("rank", "params"), [(1, 144), (2, 528), (4, 2016)])
@@ -128,12 +128,12 @@ def test_convolution_equals_its_dense_layer_both_ways(kind, arguments, size, reb
     sweep = (
         None
         if rebuilt
-        else plan_sweep(
+        else schedule_sweep(
             Chain(layer._chain.out_shape[1:], layer._chain.in_shape[1:], layer._chain.ranks[1:]), 8, both_ends=False
         )
     )
-    plans = (ConvPlan(sweep, 0, 0),) * len(BATCHES)
-    layer._plans = {False: plans, True: plans}
+    schedules = (ConvSchedule(sweep, 0, 0),) * len(BATCHES)
+    layer._schedules = {False: schedules, True: schedules}
     x = torch.randn(*batch, channels[0], *size, dtype=F64)
     shell = layer.to_dense()
     values = {} if layer.bias is None else {"bias": layer.bias}
@@ -150,25 +150,25 @@ def test_convolution_chooses_by_cost_and_counts_it():
     rebuilt = TTConv2d.cost(thin, [call], rank=TTConv2d.full_rank(thin)).macs
     assert dense < rebuilt < 1.4 * dense
     grouped = Chain((9, 4, 4), (1, 2, 2), (1, 2, 2, 1))
-    assert plan_conv(grouped, (16, 4), 4, 4096).sweep is None
+    assert schedule_conv(grouped, (16, 4), 4, 4096).sweep is None
 
 
 @pytest.mark.parametrize(("kind", "rank", "rebuilt"), [(TTConv2d, 1, False), (TTConv2d, 9, True)])
 @pytest.mark.parametrize("training", [False, True])
-def test_the_plan_of_a_convolution_is_what_it_does(kind, rank, rebuilt, training):
+def test_the_schedule_of_a_convolution_is_what_it_does(kind, rank, rebuilt, training):
     layer = kind(96, 96, 3, padding=1, rank=rank)
     x = torch.randn(3, 96, 24, 24, requires_grad=training)
-    plan = layer.plan(x.shape, training)
-    assert plan.rebuilt == rebuilt
-    assert plan.rows == 3 * 24 * 24
+    schedule = layer.schedule(x.shape, training)
+    assert schedule.rebuilt == rebuilt
+    assert schedule.rows == 3 * 24 * 24
     with (
         torch.set_grad_enabled(training),
         Largest() as largest,
         torch.utils.flop_counter.FlopCounterMode(display=False) as counter,
     ):
         output = layer(x)
-    assert counter.get_total_flops() == 2 * plan.macs
-    assert 4 * largest.entries <= max(plan.peak, 4 * output.numel(), 4 * x.numel())
+    assert counter.get_total_flops() == 2 * schedule.macs
+    assert 4 * largest.entries <= max(schedule.peak, 4 * output.numel(), 4 * x.numel())
 
 
 def test_the_tt_convolution_of_garipov_has_its_size():

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from rankfold.layers import Call, TTEmbedding
 from rankfold.layers.tensor._tt_order import Chain
-from rankfold.layers.tensor._tt_rows import ROWS, RowPlan, bucket_of, plan_rows, table_rows
+from rankfold.layers.tensor._tt_rows import ROWS, RowSchedule, bucket_of, schedule_rows, table_rows
 
 F64 = torch.float64
 SHAPES = {  # rows, dim, in_shape, out_shape: exact, padded, one mode of one, as in a large table
@@ -42,7 +42,7 @@ class Largest(TorchDispatchMode):
 def test_rows_and_gradients_are_the_tables_duplicates_included(case, rank, repeats, seed):
     rows, dim, in_shape, out_shape = SHAPES[case]
     padding = seed % rows if seed % 2 else None
-    chain = TTEmbedding._train_of(nn.Embedding(rows, dim), in_shape=in_shape, out_shape=out_shape)
+    chain = TTEmbedding._form_of(nn.Embedding(rows, dim), in_shape=in_shape, out_shape=out_shape)
     layer = TTEmbedding(
         rows, dim, padding, dtype=F64, rank=min(rank, chain.full_rank()), in_shape=in_shape, out_shape=out_shape
     )
@@ -67,8 +67,8 @@ def test_every_order_of_work_gives_the_same_rows(case):
         groups = tuple(itertools.pairwise(bonds))
         for from_left in (True, False):
             merges = tuple(layer._chain.merge(*group).order for group in groups)
-            plan = RowPlan(groups, from_left, 0, 0, 0.0, merges)
-            found = table_rows(list(layer.cores), in_shape, index, plan)[:, :dim]
+            schedule = RowSchedule(groups, from_left, 0, 0, 0.0, merges)
+            found = table_rows(list(layer.cores), in_shape, index, schedule)[:, :dim]
             torch.testing.assert_close(found, table[index])
 
 
@@ -90,26 +90,26 @@ def test_a_small_table_is_not_built_either():
 def test_cores_are_merged_while_they_have_fewer_slices_than_rows():
     chain = Chain((4, 4, 4, 4), (20, 20, 20, 20), (1, 16, 16, 16, 1))
     for rows in (1, 30, 400, 500, 10_000, 10**6):
-        plan = plan_rows(chain, rows)
-        assert [group[0] for group in plan.groups[1:]] == [group[1] for group in plan.groups[:-1]]
-        assert (plan.groups[0][0], plan.groups[-1][1]) == (0, 4)
-        assert len(plan.groups) > 1
-        for start, stop in plan.groups:
+        schedule = schedule_rows(chain, rows)
+        assert [group[0] for group in schedule.groups[1:]] == [group[1] for group in schedule.groups[:-1]]
+        assert (schedule.groups[0][0], schedule.groups[-1][1]) == (0, 4)
+        assert len(schedule.groups) > 1
+        for start, stop in schedule.groups:
             assert stop - start == 1 or math.prod(chain.in_shape[start:stop]) <= rows
-    assert len(plan_rows(chain, 1).groups) == 4
-    assert len(plan_rows(chain, 10_000).groups) == 2
+    assert len(schedule_rows(chain, 1).groups) == 4
+    assert len(schedule_rows(chain, 10_000).groups) == 2
     assert [ROWS[bucket_of(rows)] for rows in (0, 1, 9, 4096, 10**6)] == [1, 1, 64, 4096, 32768]
 
 
-def test_planning_a_long_train_is_quick_work():
+def test_scheduling_a_long_train_is_quick_work():
     chain = Chain((1,) * 16 + (2,) * 4, (2,) * 20, (1, *(2,) * 19, 1))
-    assert len(plan_rows(chain, 4096).groups) == 2
+    assert len(schedule_rows(chain, 4096).groups) == 2
 
 
-def test_the_plan_is_the_predicted_cost():
+def test_the_schedule_is_the_predicted_cost():
     dense, layer = nn.Embedding(10_000, 64), TTEmbedding(10_000, 64, rank=8)
     call = Call((32, 50), (32, 50, 64))
-    assert TTEmbedding.cost(dense, [call], rank=8).macs == layer.plan(1600).macs(1600)
+    assert TTEmbedding.cost(dense, [call], rank=8).macs == layer.schedule(1600).macs(1600)
 
 
 @pytest.mark.parametrize("index", [-1, 20, 24])

@@ -201,5 +201,12 @@ def measure(rows: harness.Rows, keep: harness.Keep) -> None:
             keep(key, rows[key] | {"tuned": twins[0]["tuned"] if twins else tuned(run, rows[key])})
 
 
+QUICK = {
+    "BUDGETS": (0.5,),
+    "RULES": {rule: {"svd": ("svd",)} for rule in RULES}
+    | {"optimal": {"svd": ("svd",), "mix": ("svd", "tucker", "tt")}},
+    "TUNED": ("mix",),
+}
+
 if __name__ == "__main__":
-    harness.main(__doc__, Path(__file__).parent, measure, drawing)
+    harness.main(__doc__, Path(__file__).parent, measure, drawing, quick=QUICK)

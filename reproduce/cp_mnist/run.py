@@ -109,5 +109,7 @@ def measure(rows: harness.Rows, keep: harness.Keep) -> None:
                 keep(key, run.run(kind, rank, seed))
 
 
+QUICK = {"SEEDS": (0,), "RANKS": (3,), "EPOCHS": 1}
+
 if __name__ == "__main__":
-    harness.main(__doc__, Path(__file__).parent, measure, drawing)
+    harness.main(__doc__, Path(__file__).parent, measure, drawing, quick=QUICK)

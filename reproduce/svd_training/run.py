@@ -173,7 +173,7 @@ def rows_of(task: Task, file: str, setting: Setting, seed: int, effort: Effort) 
     key = f"{name} {setting.name} seed {seed}"
     start = task.start(seed)
     stats = rf.measure(start, example=task.example)
-    folder = datasets.folders()[-1]
+    folder = datasets.made_in()
     folder.mkdir(parents=True, exist_ok=True)
     place = key if file == name else f"{file.replace('/', ' ')} {key}"
     checkpoint = folder / f"svd_training {place}.checkpoint" if effort.checkpoints else None

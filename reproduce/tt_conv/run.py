@@ -99,5 +99,7 @@ def measure(rows: harness.Rows, keep: harness.Keep) -> None:
             keep(f"{kind} {seed}", experiment.run(kind, seed))
 
 
+QUICK = {"SEEDS": (0,), "EPOCHS": 1, "HELD_OUT": 100}
+
 if __name__ == "__main__":
-    harness.main(__doc__, Path(__file__).parent, measure, drawing)
+    harness.main(__doc__, Path(__file__).parent, measure, drawing, quick=QUICK)

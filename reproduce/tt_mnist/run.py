@@ -125,5 +125,10 @@ def measure(rows: harness.Rows, keep: harness.Keep) -> None:
             keep(key, experiment.run(kind, rank, seed, chosen_rate(rows, kind)))
 
 
+QUICK = {
+    **{"SEEDS": (0,), "EPOCHS": 1, "TRIAL_EPOCHS": 1, "HELD_OUT": 100},
+    **{"LEARNING_RATES": (1e-3,), "RANKS": (2,), "MATRIX_RANKS": (2,)},
+}
+
 if __name__ == "__main__":
-    harness.main(__doc__, Path(__file__).parent, measure, drawing)
+    harness.main(__doc__, Path(__file__).parent, measure, drawing, quick=QUICK)

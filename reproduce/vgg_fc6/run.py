@@ -145,5 +145,7 @@ def measure(rows: harness.Rows, keep: harness.Keep) -> None:
                 keep(f"{row['layer']} {batch}", row)
 
 
+QUICK = {"RANKS": (2,), "BATCHES": (1,), "ROUNDS": 2}
+
 if __name__ == "__main__":
-    harness.main(__doc__, Path(__file__).parent, measure, drawing)
+    harness.main(__doc__, Path(__file__).parent, measure, drawing, quick=QUICK)

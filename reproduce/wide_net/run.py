@@ -65,7 +65,7 @@ class Experiment:
     def train(self, kind: str, rank: int, chosen: Row) -> Row:
         """Return the row of a network trained with the optimiser and the learning rate of a trial."""
         model = network(kind, rank)
-        file = datasets.folders()[-1] / f"wide_net {kind} {rank}.checkpoint"
+        file = datasets.made_in() / f"wide_net {kind} {rank}.checkpoint"
         file.parent.mkdir(parents=True, exist_ok=True)
         batches = Batches(self.images, self.labels, seed=SEED, size=BATCH, count=ROUND)
         history = rf.train.fit(
@@ -119,5 +119,10 @@ def measure(rows: harness.Rows, keep: harness.Keep) -> None:
             keep(f"{kind} {rank}", experiment.train(kind, rank, chosen(rows, kind)))
 
 
+QUICK = {
+    **{"RANKS": (2,), "ROUNDS": dict.fromkeys(ROUNDS, 1), "ROUND": 64, "HELD_OUT": 100},
+    **{"TRIALS": TRIALS[:1], "TRIAL_IMAGES": 64},
+}
+
 if __name__ == "__main__":
-    harness.main(__doc__, Path(__file__).parent, measure, drawing)
+    harness.main(__doc__, Path(__file__).parent, measure, drawing, quick=QUICK)

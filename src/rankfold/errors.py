@@ -1,4 +1,4 @@
-"""The errors that Rankfold raises: all derive from `RankfoldError`, itself a `ValueError`."""
+"""The errors that Rankfold raises: all derive from `RankfoldError`, which is a `ValueError`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 
 class RankfoldError(ValueError):
-    """Base of every error raised on purpose by Rankfold."""
+    """Base class of all errors that Rankfold raises on purpose."""
 
 
 class DecompositionError(RankfoldError):
-    """A tensor cannot be decomposed as asked (bad rank, NaN or Inf entries, wrong order)."""
+    """A tensor cannot be decomposed as requested (bad rank, NaN or Inf entries, wrong order)."""
 
 
 class LayerError(RankfoldError):
@@ -18,7 +18,7 @@ class LayerError(RankfoldError):
 
 
 class DataError(RankfoldError):
-    """A loader or an example is empty or has a form that the model cannot be called with."""
+    """A loader or an example is empty, or has a form with which the model cannot be called."""
 
 
 class PlanError(RankfoldError):
@@ -30,10 +30,10 @@ class MethodError(PlanError):
 
 
 class BudgetError(RankfoldError):
-    """A budget cannot be met; the message says what the closest reachable value is.
+    """A budget cannot be met; the message gives the closest value that can be reached.
 
     Attributes:
-        closest: the `Plan` that comes closest, or None where there is none.
+        closest: the `Plan` that comes closest, or None if there is none.
     """
 
     def __init__(self, message: str, closest: Any = None) -> None:
@@ -46,4 +46,4 @@ class StoreError(RankfoldError):
 
 
 class ExportError(RankfoldError):
-    """An exported program could not be written or does not compute what the model computes."""
+    """A model could not be exported, or the exported program does not compute what the model computes."""

@@ -1,4 +1,4 @@
-"""Write a model as a program that runs without Rankfold, and check what was written."""
+"""Export a model to a program that runs without Rankfold, and check the result."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from rankfold.latency import Run, eager, onnx_bytes, onnx_run, quiet_export
 Write: TypeAlias = Callable[[nn.Module, Any], bytes]
 Load: TypeAlias = Callable[[str, Any], Run]
 
-# Relative to the largest output: an exported program sums in another order.
+# Relative to the largest output: an exported program may sum in another order.
 TOLERANCE = MappingProxyType({torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2})
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A program on disk and how far its outputs were from the model's on the example.
+    """An exported program and how much its outputs on the example differed from the model's.
 
     Attributes:
-        path: The file.
+        path: the file.
         format: "onnx" or "pt2".
-        bytes: Size of the file.
-        difference: Largest absolute difference of any output, divided by that output's largest absolute value.
+        bytes: size of the file.
+        difference: largest absolute difference in any output, divided by the largest absolute value of that output.
     """
 
     path: Path
@@ -43,24 +43,24 @@ class Exported:
 def export(
     model: nn.Module, path: str | Path, *, example: Any, format: str | None = None, tolerance: float | None = None
 ) -> Exported:
-    """Write a model as a program in plain operations, load the file back and compare it with the model.
+    """Export a model to a file of plain operations, load it again and compare it with the model.
 
-    The model is exported in eval mode (its own modes are restored) for the shapes of the example. The file
-    appears under its name only once the loaded program gives the model's outputs.
+    The model is exported in eval mode (its modes are restored) for the shapes of the example. The file appears under
+    its name only after the loaded program has returned the model's outputs.
 
     Args:
-        model: Any model, compressed or not.
-        path: The file to write; an existing one is replaced.
-        example: A tensor, a tuple of arguments or a dict of keyword arguments.
+        model: any model, compressed or not.
+        path: the file to write; an existing one is replaced.
+        example: a tensor, a tuple of arguments or a dict of keyword arguments.
         format: "onnx" or "pt2" (`torch.export`); by default the suffix of the path.
-        tolerance: Largest difference allowed, relative to the largest output; by default 1e-4 in float32.
+        tolerance: largest difference allowed, relative to the largest output; by default 1e-4 in float32.
 
     Returns:
-        The path with the measured difference.
+        The path and the measured difference.
 
     Raises:
-        ExportError: For an unknown format, a model that the exporter cannot trace, a missing optional
-            package, or outputs that differ by more than the tolerance.
+        ExportError: the format is unknown, the exporter cannot trace the model, an optional package is missing, or the
+            outputs differ by more than the tolerance.
 
     Example:
         >>> import tempfile, pathlib, torch
@@ -95,13 +95,13 @@ def _traced(write: Write, model: nn.Module, example: Any) -> bytes:
         return write(model, example)
     except ExportError:
         raise
-    except Exception as problem:  # the exporters raise errors of many unrelated classes
+    except Exception as problem:  # the exporters raise many unrelated kinds of errors
         reason = str(problem).strip().split("\n")[0]
         raise ExportError(f"{type(model).__name__} cannot be exported: {type(problem).__name__}: {reason}") from problem
 
 
 def _difference(wanted: list[Tensor], got: list[Tensor]) -> float:
-    """Return the largest relative difference over all outputs; infinite where they cannot be compared."""
+    """Return the largest relative difference over all outputs; infinite if they cannot be compared."""
     if not wanted:
         raise ExportError("the model returns no tensor, so an export cannot be checked")
     if [t.shape for t in wanted] != [t.shape for t in got]:

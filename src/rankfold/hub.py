@@ -12,12 +12,11 @@ from typing import Any
 
 from torch import nn
 
+from rankfold._common import some
 from rankfold.errors import RankfoldError, StoreError
 from rankfold.layers import is_factorised
 from rankfold.surgery import CONFIG_ENTRY, apply, plan_of
 from rankfold.surgery import register as register_layers
-
-SHOWN = 5  # so many names of tensors that do not fit are put in an error
 
 
 def register() -> None:
@@ -27,8 +26,8 @@ def register() -> None:
     of transformers reads it, builds the factorised layers and fills them. Nothing else in Rankfold but
     `rankfold.hub.from_pretrained` calls it: compressing a model leaves transformers as it was.
 
-    Without it, in the process that compressed the model too, transformers warns of an unknown quantisation method and
-    of missing weights, and returns a dense model with random weights where there should be factors.
+    Without it, transformers warns about an unknown quantisation method and missing weights, and returns a dense model
+    with random weights in place of the factors, even in the process that compressed the model.
     `rankfold.hub.from_pretrained` never returns such a model.
 
     Raises:
@@ -41,12 +40,12 @@ def from_pretrained(folder: str | os.PathLike[str], **options: Any) -> nn.Module
     """Return the compressed model that `save_pretrained` wrote to a folder, of the class that was saved.
 
     Args:
-        folder: a folder, or a name on the hub.
-        options: further arguments of transformers' `from_pretrained`, such as `dtype` or `device_map`.
+        folder: a folder, or the name of a model on the hub.
+        options: further keyword arguments of `from_pretrained` in transformers, such as `dtype` or `device_map`.
 
     Raises:
         RankfoldError: transformers is missing or too old.
-        StoreError: the model was not compressed by Rankfold, or a weight of it is missing or doesn't fit.
+        StoreError: the model was not compressed by Rankfold, or one of its weights is missing or doesn't fit.
     """
     register()
     import transformers
@@ -65,6 +64,6 @@ def from_pretrained(folder: str | os.PathLike[str], **options: Any) -> nn.Module
     inside = tuple(f"{name}." for name, module in model.named_modules() if is_factorised(module))
     wrong = [*told["unexpected_keys"], *(key for key in told["missing_keys"] if key.startswith(inside))]
     if wrong:
-        raise StoreError(f"{where} does not fit its plan: see {', '.join(sorted(wrong)[:SHOWN])}; save the model again")
+        raise StoreError(f"{where} does not fit its plan: see {some(sorted(wrong))}; save the model again")
     loaded: nn.Module = model
     return loaded

@@ -1,4 +1,4 @@
-"""Pictures of plans and reports (needs matplotlib: the extra `plots`)."""
+"""Plots of plans, reports and spectra (needs matplotlib, the extra `plots`)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colours of Okabe and Ito (2008), told apart with any colour vision.
+# Colours of Okabe and Ito (2008), which can be distinguished with any colour vision.
 COLOURS = {"dense": "#b8b8b8", "svd": "#0072b2", "cp": "#e69f00", "tucker": "#009e73", "tt": "#cc79a7"}
 OTHER = "#56b4e9"
-PANELS = 5  # of a row of spectra
-FLOOR = 1e-4  # of the largest value of a spectrum: what is below is drawn there
+PANELS = 5  # per row of spectra
+FLOOR = 1e-4  # of the largest value of a spectrum; smaller values are drawn here
 INK, PLAIN, FAINT = "#333333", "#5a6b7b", "#dddddd"
 SETTINGS = {
     "font.size": 9,
@@ -37,17 +37,17 @@ SETTINGS = {
 
 
 def plot_report(report: Report, path: str | Path) -> Path:
-    """Draw what became of the model (share kept, accuracy) beside the error of every layer.
+    """Draw how much of the model is kept and its accuracy, next to the error of every layer.
 
     Args:
-        report: What `rankfold.report` returned.
-        path: The picture to write; the suffix says which format (.png, .svg, .pdf).
+        report: what `rankfold.report` returned.
+        path: the file to write; its suffix determines the format (.png, .svg, .pdf).
 
     Returns:
         The path.
 
     Raises:
-        RankfoldError: Where matplotlib is missing or the suffix is none of its formats.
+        RankfoldError: matplotlib is missing or does not know the suffix.
     """
     layers = [layer for layer in report.layers if layer.weight_error is not None]
 
@@ -70,17 +70,17 @@ def plot_report(report: Report, path: str | Path) -> Path:
 
 
 def plot_plan(plan: Plan, path: str | Path) -> Path:
-    """Draw the parameters that a plan keeps in every layer, and the error it predicts there.
+    """Draw the parameters that a plan keeps in each layer, and the error that it predicts.
 
     Args:
-        plan: Any plan.
-        path: The picture to write; the suffix says which format (.png, .svg, .pdf).
+        plan: any plan.
+        path: the file to write; its suffix determines the format (.png, .svg, .pdf).
 
     Returns:
         The path.
 
     Raises:
-        RankfoldError: Where matplotlib is missing or the suffix is none of its formats.
+        RankfoldError: matplotlib is missing or does not know the suffix.
     """
     names, choices = list(plan.layers), list(plan.layers.values())
     methods = [choice.method for choice in choices]
@@ -101,17 +101,17 @@ def plot_plan(plan: Plan, path: str | Path) -> Path:
 
 
 def plot_spectra(spectra: Sequence[Mapping[str, Tensor]], path: str | Path) -> Path:
-    """Draw the singular values of every layer over the epochs of a training, a panel per layer.
+    """Draw the singular values of every layer over the epochs of a training run, one panel per layer.
 
     Args:
         spectra: what `spectrum()` of a training method returned, epoch by epoch.
-        path: The picture to write; the suffix says which format (.png, .svg, .pdf).
+        path: the file to write; its suffix determines the format (.png, .svg, .pdf).
 
     Returns:
         The path.
 
     Raises:
-        RankfoldError: No spectrum at all, or matplotlib is missing or the suffix is none of its formats.
+        RankfoldError: there are no spectra, or matplotlib is missing or does not know the suffix.
     """
     names = list(spectra[0]) if spectra else []
     if not names:
@@ -135,7 +135,7 @@ def plot_spectra(spectra: Sequence[Mapping[str, Tensor]], path: str | Path) -> P
 
 
 def _draw(draw: Callable[[Figure], None], path: str | Path, *, lines: int) -> Path:
-    """Draw on a figure high enough for that many lines and write it, without touching pyplot's state."""
+    """Draw on a figure high enough for this many lines and save it, without touching pyplot's state."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -147,7 +147,9 @@ def _draw(draw: Callable[[Figure], None], path: str | Path, *, lines: int) -> Pa
         form = path.suffix.removeprefix(".")
         known = figure.canvas.get_supported_filetypes()
         if form not in known:
-            raise RankfoldError(f"{path.name}: a picture is written as {', '.join(sorted(known))}, not {form!r}")
+            raise RankfoldError(
+                f"{path.name}: the format of a picture must be one of {', '.join(sorted(known))}, got {form!r}"
+            )
         draw(figure)
         with atomic_path(path) as unfinished:
             figure.savefig(unfinished, format=form)
@@ -155,7 +157,7 @@ def _draw(draw: Callable[[Figure], None], path: str | Path, *, lines: int) -> Pa
 
 
 def _draw_shares(axes: Axes, report: Report) -> None:
-    """Draw how much of the dense model is left; values that were not measured have no bar."""
+    """Draw the fraction of the dense model that is left; values that were not measured have no bar."""
     before, after = report.rows[0], report.rows[-1]
     shares: dict[str, tuple[float, str]] = {
         "parameters": (after.params / before.params, f"{_short(before.params)} → {_short(after.params)}"),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rankfold._common import Float
+from rankfold._common import Float, check_dense
 from rankfold.errors import DecompositionError
 
 __all__ = ["conv_singular_values", "conv_symbol", "effective_rank", "spectral_norm_bounds"]
@@ -21,18 +21,19 @@ __all__ = ["conv_singular_values", "conv_symbol", "effective_rank", "spectral_no
 def conv_symbol(kernel: Tensor, size: Sequence[int]) -> Tensor:
     """Return the symbol of a convolution on the Fourier grid: `F(w) = sum_k K[:, :, k] exp(-i w k)`.
 
-    A circular convolution is block diagonal in the Fourier basis, with these blocks. With zero padding instead, its
-    spectral norm is at most the largest norm of a block, and its singular values tend to theirs as the size grows.
+    A circular convolution is block diagonal in the Fourier basis, with these blocks. With zero padding, the spectral
+    norm is at most the largest norm of a block, and the singular values tend to those of the blocks as the size grows.
 
     Args:
         kernel: `(out, in, *kernel size)`, one to three spatial dims, any float dtype.
-        size: of the input in these dims, each at least that of the kernel.
+        size: size of the input in these dims, each at least that of the kernel.
 
     Returns:
         Complex128 matrices `(*size, out, in)`.
 
     Raises:
-        DecompositionError: an input smaller than the kernel, NaN or Inf entries, no spatial dims.
+        DecompositionError: the input is smaller than the kernel, or the kernel contains NaN or Inf or has no spatial
+            dims.
 
     Reference:
         Sedghi, Gupta and Long 2019, theorem 6.
@@ -56,18 +57,19 @@ def conv_symbol(kernel: Tensor, size: Sequence[int]) -> Tensor:
 def conv_singular_values(kernel: Tensor, size: Sequence[int], *, stride: int = 1) -> Float[Tensor, " values"]:
     """Return all singular values of a circular convolution: those of its symbol at every frequency.
 
-    A stride folds s^d frequencies onto one: their blocks stand side by side, divided by s^(d/2).
+    A stride s folds s^d frequencies onto one: their blocks are placed side by side, divided by s^(d/2).
 
     Args:
         kernel: `(out, in, *kernel size)`, one to three spatial dims, any float dtype.
-        size: of the input in these dims, each at least the kernel's and a multiple of the stride.
-        stride: the same in all dims.
+        size: size of the input in these dims, each at least that of the kernel and a multiple of the stride.
+        stride: stride, the same in all dims.
 
     Returns:
         Singular values in float64, descending: `min(out, in * stride^d)` of them for each output position.
 
     Raises:
-        DecompositionError: a size that the stride does not divide or the kernel exceeds; NaN or Inf entries.
+        DecompositionError: a size is not a multiple of the stride or is smaller than the kernel, or the kernel contains
+            NaN or Inf.
 
     Reference:
         Sedghi, Gupta and Long 2019, theorem 6.
@@ -92,7 +94,7 @@ def conv_singular_values(kernel: Tensor, size: Sequence[int], *, stride: int = 1
 
 
 def spectral_norm_bounds(kernel: Tensor) -> tuple[float, float]:
-    """Return two upper bounds on the spectral norm of a convolution, whatever its input size and padding with zeros.
+    """Return two upper bounds on the spectral norm of a convolution, for any input size and zero padding.
 
     With k the number of kernel positions: `sqrt(k) * min ||unfolding||_2` over the unfoldings that put each spatial dim
     with the outputs or with the inputs, and `sum_positions ||K[:, :, position]||_2`.
@@ -101,10 +103,10 @@ def spectral_norm_bounds(kernel: Tensor) -> tuple[float, float]:
         kernel: `(out, in, *kernel size)`, one to three spatial dims; a matrix is its own bound.
 
     Returns:
-        Both bounds; the smaller one is the one to use.
+        Both bounds; use the smaller one.
 
     Raises:
-        DecompositionError: NaN or Inf entries, a vector.
+        DecompositionError: the kernel contains NaN or Inf, or is a vector.
 
     Reference:
         Singla and Feizi 2021, theorem 1 (the four unfoldings); Yi 2020.
@@ -127,13 +129,16 @@ def spectral_norm_bounds(kernel: Tensor) -> tuple[float, float]:
 
 
 def effective_rank(values: Float[Tensor, " values"]) -> float:
-    """Return the exponential of the entropy of the normalised singular values: how many are in effect used.
+    """Return the exponential of the entropy of the normalised singular values: their effective number.
 
     Args:
         values: singular values, in any order.
 
     Returns:
         Between 1 and the number of values (0 for the zero operator).
+
+    Raises:
+        DecompositionError: not a dense tensor.
 
     Reference:
         Roy and Vetterli 2007.
@@ -143,6 +148,7 @@ def effective_rank(values: Float[Tensor, " values"]) -> float:
         >>> round(effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0])), 6)
         3.0
     """
+    check_dense(values, "values")
     total = float(values.double().sum())
     if total == 0:
         return 0.0
@@ -152,9 +158,10 @@ def effective_rank(values: Float[Tensor, " values"]) -> float:
 
 def _checked(kernel: Tensor, least: int = 3) -> Tensor:
     """Return the kernel in float64, or raise."""
+    check_dense(kernel, "kernel")
     if kernel.ndim < least or not kernel.is_floating_point() or kernel.numel() == 0:
         raise DecompositionError(
-            f"a kernel is a float tensor (out, in, *kernel size), not {kernel.dtype} of shape {tuple(kernel.shape)}"
+            f"a kernel must be floats (out, in, *kernel size), got {kernel.dtype} of shape {tuple(kernel.shape)}"
         )
     work = kernel.detach().double()
     if not torch.isfinite(work).all():

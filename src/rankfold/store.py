@@ -1,4 +1,4 @@
-"""Save and load compressed models: safetensors with the plan in the header, and no pickle."""
+"""Save and load compressed models: safetensors files with the plan in the header, without pickle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold._common import device_of, read_tensors, read_texts, write_tensors
+from rankfold._common import device_of, read_tensors, read_texts, some, write_tensors
 from rankfold.errors import MethodError, PlanError, RankfoldError, StoreError
 from rankfold.layers import is_factorised
 from rankfold.planning import Choice, Plan, block_difference, is_block
@@ -19,7 +19,6 @@ from rankfold.surgery import apply
 
 PLAN, FORMAT, WRITER = "rankfold", "rankfold_format", "rankfold_version"  # the entries of the header
 READS = "1"  # the format that this version writes and reads
-SHOWN = 5  # so many names of tensors that do not fit are put in an error
 
 Path = str | os.PathLike[str]
 
@@ -27,17 +26,17 @@ Path = str | os.PathLike[str]
 def save(model: nn.Module, plan: Plan, path: Path) -> None:
     """Write a model's weights and its plan to a safetensors file.
 
-    Tied weights are written once. The file is written beside `path` and takes its place when it is whole, so that a
-    failure or Ctrl-C leaves an old file as it was.
+    Tied weights are written once. The file is first written next to `path` and replaces it when it is complete, so that
+    a failure or Ctrl-C leaves an old file intact.
 
     Args:
-        model: What `apply` made of the plan, trained since or not, on any device.
-        plan: The plan; `load` builds the model's layers from it.
-        path: The file to write or to replace, usually `….safetensors`.
+        model: the model that `apply` made from the plan, trained since or not, on any device.
+        plan: the plan, from which `load` builds the model's layers.
+        path: the file to write or replace, usually `….safetensors`.
 
     Raises:
-        PlanError: If the model's layers are not those of the plan.
-        StoreError: If a tensor has no values (meta device) or cannot be stored, or the file cannot be written.
+        PlanError: the model's layers are not those of the plan.
+        StoreError: a tensor has no values (meta device) or cannot be stored, or the file cannot be written.
 
     Example:
         >>> import tempfile
@@ -59,23 +58,23 @@ def save(model: nn.Module, plan: Plan, path: Path) -> None:
 
 
 def load(path: Path, skeleton: nn.Module, *, device: torch.device | str | None = None) -> nn.Module:
-    """Return the model that a file holds, built on a dense skeleton.
+    """Return the model saved in a file, built on a dense skeleton.
 
-    The plan in the file is applied to a copy of the skeleton on the meta device, and the weights are put in; those of
-    the skeleton are neither copied nor changed. Nothing in the file is executed.
+    The plan in the file is applied to a copy of the skeleton on the meta device, which is then filled with the weights
+    in the file. The weights of the skeleton are neither copied nor changed. Nothing in the file is executed.
 
     Args:
-        path: A file that `save` wrote.
-        skeleton: The dense model that the plan was made for, with any weights, or none on the meta device. Modes,
-            requires_grad, hooks and buffers that a state_dict leaves out are taken from it.
-        device: Where the model goes; by default where the skeleton is, or the CPU for one on the meta device.
+        path: a file that `save` wrote.
+        skeleton: the dense model that the plan was made for, with any weights, or on the meta device with none. Modes,
+            requires_grad, hooks and buffers that are not in a state_dict are taken from it.
+        device: device of the new model; by default that of the skeleton, or the CPU if that is the meta device.
 
     Returns:
-        A new model, with the ties between weights that the saved one had.
+        A new model, with the same tied weights as the saved one.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        StoreError: If the file is damaged, of another kind or a later format, or does not fit the skeleton.
+        FileNotFoundError: there is no such file.
+        StoreError: the file is damaged, of another kind or of a later format, or does not fit the skeleton.
     """
     place = _place(device, skeleton)
     plan, tensors = _read(path)
@@ -83,7 +82,7 @@ def load(path: Path, skeleton: nn.Module, *, device: torch.device | str | None =
         model = apply(_without_values(skeleton), plan, init="random")
     except RankfoldError as problem:
         raise StoreError(f"{os.fspath(path)}: its plan does not fit the skeleton: {problem}") from problem
-    state = model.state_dict()  # with the versions of the modules, which some need to read their own state
+    state = model.state_dict()  # including the versions of modules, which some need to load their state
     _check_tensors(path, state, tensors)
     state.update(_on(place, tensors, model))
     try:
@@ -93,14 +92,19 @@ def load(path: Path, skeleton: nn.Module, *, device: torch.device | str | None =
     empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if empty:
         raise StoreError(
-            f"{os.fspath(path)} has no values for {_some(empty)}, and the skeleton has them on the meta device only: "
+            f"{os.fspath(path)} has no values for {some(empty)}, and the skeleton has them on the meta device only: "
             "build the skeleton on the CPU"
         )
     return model.to(place)
 
 
 def read_plan(path: Path) -> Plan:
-    """Return the plan in a file that `save` wrote, without reading a weight; raises as `load` does."""
+    """Return the plan in a file that `save` wrote, without reading any weights.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        StoreError: the file is damaged, of another kind or of a later format.
+    """
     return _plan(path, read_texts(path))
 
 
@@ -114,7 +118,7 @@ def _place(device: torch.device | str | None, skeleton: nn.Module) -> torch.devi
 
 
 def _read(path: Path) -> tuple[Plan, dict[str, Tensor]]:
-    plan = read_plan(path)  # first, so that a foreign file is refused before its tensors are read
+    plan = read_plan(path)  # first, so that any other file is refused before its tensors are read
     tensors, _ = read_tensors(path)
     return plan, tensors
 
@@ -139,7 +143,7 @@ def _plan(path: Path, texts: Mapping[str, str]) -> Plan:
 
 
 def _check_plan(model: nn.Module, plan: Plan) -> None:
-    """Raise unless the factorised layers of the model are those that the plan names, built as it says."""
+    """Raise unless the factorised layers of the model are those of the plan, with its methods, ranks and options."""
     modules = dict(model.named_modules(remove_duplicate=False))
     planned = set()
     for name, choice in plan.layers.items():
@@ -171,7 +175,7 @@ def _without_values(skeleton: nn.Module) -> nn.Module:
     """Return a copy of a model with its parameters and persistent buffers on the meta device."""
     lazy = [name for name, p in skeleton.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
-        raise StoreError(f"{_some(lazy)} of the skeleton has no shape yet: call the skeleton once on an example")
+        raise StoreError(f"{some(lazy)} of the skeleton has no shape yet: call the skeleton once on an example")
     stand_ins: dict[int, Any] = {}
     for parameter in skeleton.parameters():
         empty = torch.empty_like(parameter, device="meta")
@@ -197,7 +201,7 @@ def _check_tensors(path: Path, wanted: Mapping[str, Any], found: Mapping[str, Te
         if name in found and _form(found[name]) != _form(tensor)
     ]
     problems = [("lacks", missing), ("has beside those of the skeleton", surplus), ("differs in", different)]
-    told = "; ".join(f"it {what} {_some(names)}" for what, names in problems if names)
+    told = "; ".join(f"it {what} {some(names)}" for what, names in problems if names)
     if told:
         raise StoreError(
             f"{os.fspath(path)} does not fit the skeleton: {told}. The skeleton must be the model that the "
@@ -206,7 +210,7 @@ def _check_tensors(path: Path, wanted: Mapping[str, Any], found: Mapping[str, Te
 
 
 def _on(device: torch.device, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Move tensors to a device and make parameters of those that are; several names of one tensor keep one."""
+    """Move tensors to a device and turn those of parameters into parameters; tied tensors stay tied."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     made: dict[tuple[int, bool], Tensor] = {}
     state: dict[str, Tensor] = {}
@@ -221,11 +225,6 @@ def _on(device: torch.device, tensors: Mapping[str, Tensor], model: nn.Module) -
 
 def _form(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def _version() -> str:

@@ -59,7 +59,7 @@ class Experiment:
     def _trained(self, images: Tensor) -> nn.Sequential:
         torch.manual_seed(self.seed)
         model = network()
-        file = datasets.folders()[-1] / "flexible_activations" / f"{self.name} {self.seed}.pt"
+        file = datasets.made_in() / "flexible_activations" / f"{self.name} {self.seed}.pt"
         if file.is_file():
             model.load_state_dict(torch.load(file, weights_only=True))
             return model
@@ -160,5 +160,10 @@ def measure(rows: harness.Rows, keep: harness.Keep) -> None:
                     experiment.run(rank, rows, keep)
 
 
+QUICK = {
+    **{"SEEDS": (0,), "RANKS": (10,), "EPOCHS": 1, "SAMPLES": 1280, "ROWS": 150, "PASSES": 1},
+    "DATA": {"MNIST": datasets.mnist},
+}
+
 if __name__ == "__main__":
-    harness.main(__doc__, Path(__file__).parent, measure, drawing)
+    harness.main(__doc__, Path(__file__).parent, measure, drawing, quick=QUICK)

@@ -94,8 +94,12 @@ def measure(rows: harness.Rows, keep: harness.Keep, python: Path | None) -> None
                 keep(key, row | {name: row[name] + [float(f"{v:.6g}") for v in new[name]] for name in new})
 
 
+QUICK = {"CELLS": [(6, 6, 4, 40)], "PROBLEMS": 2, "CHUNK": 2}
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--peer", type=Path)
     chosen, sys.argv[1:] = parser.parse_known_args()
-    harness.main(__doc__, Path(__file__).parent, lambda rows, keep: measure(rows, keep, chosen.peer), drawing)
+    harness.main(
+        __doc__, Path(__file__).parent, lambda rows, keep: measure(rows, keep, chosen.peer), drawing, quick=QUICK
+    )

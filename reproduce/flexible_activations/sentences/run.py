@@ -141,5 +141,10 @@ def measure(rows: harness.Rows, keep: harness.Keep) -> None:
                 keep(f"{ALL} {rank} {method}", row | {"spearman": run.spearman(blocks)})
 
 
+QUICK = {
+    **{"BLOCKS": (2,), "RANKS": (16,), "CALIBRATION": 50},
+    **{"SAMPLES": 512, "ROWS": 300, "HELD": 100, "PASSES": 1},
+}
+
 if __name__ == "__main__":
-    harness.main(__doc__, Path(__file__).parent, measure, drawing)
+    harness.main(__doc__, Path(__file__).parent, measure, drawing, quick=QUICK)

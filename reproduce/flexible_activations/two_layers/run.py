@@ -152,5 +152,10 @@ def measure(rows: harness.Rows, keep: harness.Keep) -> None:
                 keep(key, experiment.run(method, width))
 
 
+QUICK = {
+    **{"RANKS": (2,), "PROBLEMS": 1, "STARTS": 1},
+    **{"SEEDS": (0,), "WIDTHS": (10,), "EPOCHS": 1, "ROWS": 150, "PASSES": 1},
+}
+
 if __name__ == "__main__":
-    harness.main(__doc__, Path(__file__).parent, measure, drawing)
+    harness.main(__doc__, Path(__file__).parent, measure, drawing, quick=QUICK)

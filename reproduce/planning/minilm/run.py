@@ -140,5 +140,7 @@ def measure(rows: harness.Rows, keep: harness.Keep) -> None:
                 keep(key, experiment.run(name, used, ratio))
 
 
+QUICK = {"RATIOS": (0.7,), "TEXTS": 60}
+
 if __name__ == "__main__":
-    harness.main(__doc__, Path(__file__).parent, measure, drawing)
+    harness.main(__doc__, Path(__file__).parent, measure, drawing, quick=QUICK)

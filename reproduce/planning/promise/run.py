@@ -1,12 +1,14 @@
 """ResNet-20 on CIFAR-10 with `max_drop=0.01`: is the promise of a search kept on images that it did not see?
 
-    python -m reproduce.planning.promise.run    # some twenty minutes on one thread
+    python -m reproduce.planning.promise.run            # some twenty minutes on one thread
+    python -m reproduce.planning.promise.run --quick    # on few images: does it run?
 
 The search goes on where it was stopped: its scores are kept in the cache folder. The result is written to results.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 from pathlib import Path
 
@@ -20,14 +22,14 @@ from reproduce.cifar_resnet.run import Batches, paired
 from reproduce.harness import Row
 from reproduce.training import correct
 
-MAX_DROP = 0.01
+MAX_DROP, EVALUATIONS = 0.01, 12
 CALIBRATION, BATCH = 1_000, 100  # the first training images
 SEARCHED = slice(1_000, 13_000)  # training images that the search scores models on
 UNSEEN = slice(13_000, 25_000)  # training images that it does not see
 SEED = 0
 
 
-def main() -> None:
+def measured() -> Row:
     """Search, then score the model that was found on images that were not searched on."""
     torch.set_num_threads(1)
     data, dense = datasets.cifar10(), pretrained(datasets.resnet20_weights())
@@ -38,7 +40,7 @@ def main() -> None:
     def evaluate(model: nn.Module) -> Tensor:
         return correct(model, *searched).float()
 
-    folder = datasets.folders()[-1]
+    folder = datasets.made_in()
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     found = rf.search(
@@ -46,6 +48,7 @@ def main() -> None:
         calibration,
         evaluate=evaluate,
         max_drop=MAX_DROP,
+        evaluations=EVALUATIONS,
         resume=folder / "promise resnet20.json",
         planning=rf.Planning(seed=SEED),
     )
@@ -76,8 +79,16 @@ def main() -> None:
             "se": error,
         }
         print(f"{name}: {len(truth):,} images, {difference:+.2f} ± {error:.2f} points")
-    harness.store({"resnet20": row}, Path(__file__).parent / "results.json")
+    return row
 
+
+QUICK = {"CALIBRATION": 100, "SEARCHED": slice(100), "UNSEEN": slice(100, 200), "MAX_DROP": 0.5, "EVALUATIONS": 4}
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="on few images; nothing is written")
+    if parser.parse_args().quick:
+        with harness.shortened(measured, QUICK):
+            measured()
+    else:
+        harness.store({"resnet20": measured()}, Path(__file__).parent / "results.json")

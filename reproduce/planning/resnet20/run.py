@@ -2,7 +2,7 @@
 
     python -m reproduce.planning.resnet20.run                  # every row that results.json lacks, then the table
     python -m reproduce.planning.resnet20.run --only untrained # the same without the rows that are trained
-    python -m reproduce.planning.resnet20.run --only quick     # the planner's mix alone, a few minutes
+    python -m reproduce.planning.resnet20.run --only mix       # the planner's mix alone, a few minutes
     python -m reproduce.planning.resnet20.run --redraw         # table.md and plot.png from results.json
 
 Rows are written as they are done, so that a run that was stopped goes on where it was.
@@ -69,7 +69,7 @@ COMPARED = [
     Setting("mix", objective="calibrated"),
     *(Setting("svd", metric=metric) for metric in ("fisher", "fwsvd", "asvd", "whitening")),
 ]
-QUICK = [Setting("mix", metric=metric) for metric in GRADES]
+MIX = [Setting("mix", metric=metric) for metric in GRADES]
 TUNED = [Setting("mix", objective="calibrated"), Setting("mix", metric="weights"), Setting("svd")]
 
 
@@ -176,14 +176,14 @@ def _untrained(run: Study, settings: list[Setting], rows: Rows, keep: Keep) -> N
             keep(setting.key(budget), row)
 
 
-def quick(rows: Rows, keep: Keep) -> None:
+def mix(rows: Rows, keep: Keep) -> None:
     """Measure the planner's mix, on weights and on outputs."""
-    _untrained(Study(), QUICK, rows, keep)
+    _untrained(Study(), MIX, rows, keep)
 
 
 def without_training(rows: Rows, keep: Keep) -> None:
     """Measure every row that takes no gradient step."""
-    _untrained(Study(), [*QUICK, *(setting for setting in COMPARED if setting not in QUICK)], rows, keep)
+    _untrained(Study(), [*MIX, *(setting for setting in COMPARED if setting not in MIX)], rows, keep)
 
 
 def measure(rows: Rows, keep: Keep) -> None:
@@ -195,6 +195,15 @@ def measure(rows: Rows, keep: Keep) -> None:
             keep(key, rows[key] | {"tuned": tuned(run, rows[key])})
 
 
+QUICK = {
+    "BUDGETS": (0.5,),
+    "METHODS": METHODS | {"mix": ("svd", "tucker")},
+    "COMPARED": [Setting("svd", "uniform"), Setting("mix", metric="fisher"), TUNED[0]],
+    "TUNED": TUNED[:1],
+    "CALIBRATION": 100,
+    "EPOCHS": 1,
+}
+
 if __name__ == "__main__":
-    parts = {"quick": quick, "untrained": without_training}
-    harness.main(__doc__, Path(__file__).parent, measure, drawing, parts=parts)
+    parts = {"mix": mix, "untrained": without_training}
+    harness.main(__doc__, Path(__file__).parent, measure, drawing, parts=parts, quick=QUICK)

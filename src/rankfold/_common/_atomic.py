@@ -1,4 +1,4 @@
-"""The one way to write a file: whole or not at all."""
+"""The only way in which files are written: completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a new path beside `path` to write to; it takes the place of `path` when the block ends well.
+    """Yield a new path next to `path` to write to; it replaces `path` when the block ends without an exception.
 
-    The bytes reach the disk before the name changes, so that a reader sees the old file or the new one,
-    never a part. After any exception, Ctrl-C included, the old file is as it was and nothing is left
-    beside it. A symbolic link keeps pointing to what is replaced; an existing file keeps its permissions.
+    The bytes reach the disk before the file is renamed, so that a reader sees the old file or the new one, never a part
+    of it. After any exception, including Ctrl-C, the old file is unchanged and nothing is left next to it. A symbolic
+    link keeps pointing to the file that is replaced; an existing file keeps its permissions.
 
     Args:
-        path: The file to write or to replace. The temporary name ends in the same suffix.
+        path: the file to write or replace. The temporary name has the same suffix.
 
     Yields:
         The path of an empty file in the same directory.
 
     Raises:
-        OSError: If the directory cannot be written to, or `path` is something else than a regular file.
+        OSError: the directory cannot be written to, or `path` is something other than a regular file.
 
     Example:
         >>> import tempfile
@@ -57,7 +57,7 @@ def _flush(path: Path) -> None:
 
 
 def _flush_directory(path: Path) -> None:
-    if os.name != "posix":  # only there can a directory be opened and its entries flushed
+    if os.name != "posix":  # only on POSIX can a directory be opened and flushed
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""The one reading of what a loader yields and of what an example is."""
+"""How batches of a loader and examples are read, in one place."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def example_arguments(example: Any) -> Arguments:
-    """Return the positional and keyword arguments that an example stands for.
+    """Return the positional and keyword arguments that an example represents.
 
-    A tensor is one argument, a tuple or list is all positional arguments, a mapping is keyword arguments.
+    A tensor is one argument, a tuple or list are the positional arguments, a mapping are the keyword arguments.
     """
     if isinstance(example, Tensor):
         return (example,), {}
@@ -24,11 +24,13 @@ def example_arguments(example: Any) -> Arguments:
         return (), dict(example)
     if isinstance(example, Sequence) and not isinstance(example, str) and len(example):
         return tuple(example), {}
-    raise DataError(f"an example is a tensor, a tuple of arguments or a dict of keyword arguments, not {example!r:.80}")
+    raise DataError(
+        f"an example must be a tensor, a tuple of arguments or a dict of keyword arguments, got {example!r:.80}"
+    )
 
 
 def batch_arguments(batch: Any) -> Arguments:
-    """Return the arguments to call a model with for one batch of a loader.
+    """Return the arguments with which to call a model for one batch of a loader.
 
     A batch is a tensor, a tuple or list with the inputs first (the rest are targets), or a mapping of
     keyword arguments. Inputs that are themselves a tuple or a mapping are several arguments.
@@ -37,13 +39,15 @@ def batch_arguments(batch: Any) -> Arguments:
         return example_arguments(batch[0])
     if isinstance(batch, Tensor | Mapping):
         return example_arguments(batch)
-    raise DataError(f"a batch is a tensor, a tuple (inputs first) or a dict of keyword arguments, not {batch!r:.80}")
+    raise DataError(
+        f"a batch must be a tensor, a tuple (inputs first) or a dict of keyword arguments, got {batch!r:.80}"
+    )
 
 
 def batch_target(batch: Any) -> Any:
-    """Return what stands behind the inputs in a batch: one target, a tuple of them, or None.
+    """Return the target of a batch, which follows the inputs: one value, a tuple of several, or None.
 
-    A mapping has its target under "labels" or "label" where it has one.
+    In a mapping the target, if there is one, is under "labels" or "label".
     """
     if isinstance(batch, Mapping):
         return batch.get("labels", batch.get("label"))
@@ -64,7 +68,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """Return the first tensor inside nested tuples, lists and mappings."""
+    """Return the first tensor inside nested tuples, lists and mappings; None if there is none."""
     return next(iter(tensors_in(value)), None)
 
 
@@ -76,13 +80,13 @@ def to_device(value: Any, device: torch.device) -> Any:
         return {key: to_device(item, device) for key, item in value.items()}
     if isinstance(value, tuple | list):
         moved = [to_device(item, device) for item in value]
-        # A named tuple takes its fields one by one.
+        # A named tuple takes its fields as separate arguments.
         return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
     return value
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of the first parameter or buffer of a model (the CPU where it has none)."""
+    """Return the device of the first parameter or buffer of a model; the CPU if it has none."""
     for tensor in [*model.parameters(), *model.buffers()]:
         return tensor.device
     return torch.device("cpu")

@@ -1,10 +1,10 @@
-"""Checks of what a user gives: whole numbers, real numbers, names; and the name that was perhaps meant."""
+"""Check the numbers and names that a user passes, and suggest the name that was perhaps meant."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -12,17 +12,17 @@ from rankfold.errors import RankfoldError
 
 
 def whole(name: str, value: Any, least: int = 1, *, error: type[RankfoldError] = RankfoldError, why: str = "") -> int:
-    """Return a whole number, of Python or NumPy.
+    """Return a whole number as an int; NumPy's integers are accepted.
 
     Args:
-        name: what the message calls it.
-        value: anything; a bool is not a number.
-        least: the smallest that is allowed.
-        error: the class of the error.
-        why: what the message ends with.
+        name: name of the value in the error message.
+        value: any object; a bool does not count as a number.
+        least: smallest number allowed.
+        error: class of the error.
+        why: end of the error message.
 
     Raises:
-        RankfoldError: of the class given, for any other value.
+        RankfoldError: the value is anything else.
 
     Example:
         >>> whole("epochs", 3)
@@ -31,7 +31,7 @@ def whole(name: str, value: Any, least: int = 1, *, error: type[RankfoldError] =
         Traceback (most recent call last):
         rankfold.errors.RankfoldError: epochs must be a whole number >= 1, got 1.5
     """
-    if _is_a(Integral, value) and value >= least:
+    if is_whole(value, least):
         return int(value)
     raise error(f"{name} must be a whole number >= {least}, got {value!r:.80}{why}")
 
@@ -46,19 +46,19 @@ def real(
     error: type[RankfoldError] = RankfoldError,
     why: str = "",
 ) -> float:
-    """Return a real number within an interval, of Python or NumPy.
+    """Return a real number within an interval as a float; NumPy's numbers are accepted.
 
     Args:
-        name: what the message calls it.
-        value: anything; a bool is not a number, and NaN lies in no interval.
-        least: the lower end of the interval.
-        most: its upper end.
-        ends: "[" or "(" and then "]" or ")": whether each end belongs to it. `inf` is allowed by "]" alone.
-        error: the class of the error.
-        why: what the message ends with.
+        name: name of the value in the error message.
+        value: any object; a bool does not count as a number, and NaN is in no interval.
+        least: lower end of the interval.
+        most: upper end of the interval.
+        ends: brackets of the interval: "[" or "(", then "]" or ")". Infinity is allowed only by "]".
+        error: class of the error.
+        why: end of the error message.
 
     Raises:
-        RankfoldError: of the class given, for any other value.
+        RankfoldError: the value is anything else.
 
     Example:
         >>> real("energy", 0.9, most=1, ends="(]")
@@ -82,17 +82,17 @@ def one_of(
     other: str = "",
     error: type[RankfoldError] = RankfoldError,
 ) -> str:
-    """Return a name that is known.
+    """Return a value that is one of the known names.
 
     Args:
-        name: what the message calls it.
-        value: anything.
-        known: the names, in the order of the message.
-        other: what else the caller takes, for the message: "a function of the step".
-        error: the class of the error.
+        name: name of the value in the error message.
+        value: any object.
+        known: the known names, in the order in which the error message lists them.
+        other: what else the caller accepts, for the error message, such as "a function of the step".
+        error: class of the error.
 
     Raises:
-        RankfoldError: of the class given, for any other value; it says which name was perhaps meant.
+        RankfoldError: the value is anything else; the message suggests the name that was perhaps meant.
 
     Example:
         >>> one_of("schedule", "cosin", ("constant", "cosine"))
@@ -107,15 +107,31 @@ def one_of(
     raise error(f"{name} must be {allowed}, got {value!r:.80}{_meant(_close(value, names))}")
 
 
+def some(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names of a list that may be long, and how many more there are.
+
+    Example:
+        >>> some(["a", "b", "c", "d"], most=2)
+        'a, b and 2 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def is_whole(value: Any, least: float = 1) -> bool:
+    """Tell whether a value is a whole number from `least` on, of Python or NumPy; a bool is not."""
+    return bool(_is_a(Integral, value) and value >= least)
+
+
 def near(name: str, names: Collection[str]) -> str:
-    """Return ": did you mean …?" with the names nearest to one that is unknown; "" where there are no names."""
+    """Return ": did you mean …?" with the names nearest to an unknown one; "" if there are no names."""
     ordered = sorted(names)
     inside = [other for other in ordered if name and name.strip("*") in other]
     return _meant(_close(name, ordered) or inside[:3] or ordered[:3])
 
 
 def _is_a(kind: type, value: Any) -> bool:
-    """Tell whether a value is a number of a kind; a bool is none."""
+    """Tell whether a value is a number of some kind; a bool is not."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 

@@ -1,4 +1,4 @@
-"""Train and eval mode: every module is given its own flag back."""
+"""Train and eval mode: the flag of every module is restored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def modes_kept(*models: nn.Module) -> Iterator[None]:
-    """Give every module of the models its train or eval mode back when the block ends."""
+    """Restore the train or eval mode of every module of the models when the block ends."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         yield
@@ -21,7 +21,7 @@ def modes_kept(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models into eval mode for the length of a block, then give every module its own mode back."""
+    """Put models into eval mode within a `with` block, and restore the mode of every module afterwards."""
     with modes_kept(*models):
         for model in models:
             model.eval()

@@ -1,4 +1,4 @@
-"""How far the outputs of one model are from those of another, on the same batches."""
+"""The error of the outputs of one model relative to those of another, on the same batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rankfold._common._modes import evaluating
 
 @dataclass(eq=False)
 class _Sums:
-    """Of one output over all batches, in float64: squares of the differences and of the values, sum of the values."""
+    """Sums for one output over all batches, in float64: squared differences, squared values, and values."""
 
     wrong: float = 0.0
     squares: float = 0.0
@@ -39,17 +39,17 @@ class _Sums:
 def output_error(model: nn.Module, small: nn.Module, loader: Iterable[Any], *, batches: int | None = None) -> float:
     """Return the relative error `sqrt(sum |y' - y|^2 / sum |y - m|^2)` of a model's outputs y' against another's y.
 
-    m is the mean of y over the data, one value per feature: an error of 1 is that of a model that always returns the
-    mean. The sums are over all batches and all floating-point tensors of an output, in float64 and in eval mode.
+    m is the mean of y over the data, one value per feature, so a model that always returns the mean has an error of 1.
+    The sums run over all batches and all floating-point tensors of an output, in float64; the models are in eval mode.
 
     Args:
-        model: the model that is right.
-        small: the model to compare with it, of the same arguments and outputs.
-        loader: batches as in `measure`.
-        batches: how many to read at most; all of them if None.
+        model: the reference model.
+        small: the model to compare with it, with the same arguments and outputs.
+        loader: batches: tensors, tuples (inputs first) or dicts (keyword arguments).
+        batches: largest number of batches to read; all of them if None.
 
     Returns:
-        The error: infinite where outputs are not finite, NaN where there is nothing to compare, as with one output.
+        The error; infinite if outputs are not finite, NaN if all outputs are the same, as with a single one.
     """
     error = OutputError()
     device = device_of(model)
@@ -61,10 +61,10 @@ def output_error(model: nn.Module, small: nn.Module, loader: Iterable[Any], *, b
 
 
 class OutputError:
-    """The error of `output_error`, for outputs that are added one batch after the other."""
+    """The error of `output_error` for outputs that are added batch by batch."""
 
     def __init__(self) -> None:
-        """Start with nothing."""
+        """Start with no batch."""
         self.sums: dict[int, _Sums] = defaultdict(_Sums)
 
     def add(self, wanted: Any, found: Any) -> None:
@@ -76,7 +76,9 @@ class OutputError:
         """Return the error over all batches so far."""
         sums = self.sums.values()
         wrong, whole = sum(one.wrong for one in sums), sum(one.centred() for one in sums)
-        if math.isfinite(wrong) and whole <= 1e-12 * sum(one.squares for one in sums):  # rounding of outputs all alike
+        if math.isfinite(wrong) and whole <= 1e-12 * sum(
+            one.squares for one in sums
+        ):  # no more than rounding: all outputs are the same
             return math.nan
         return math.sqrt(wrong / whole) if math.isfinite(wrong) else math.inf
 

@@ -1,4 +1,4 @@
-"""Progress bars for whatever takes longer than two seconds, on a terminal only."""
+"""Progress bars for anything that takes longer than two seconds, on a terminal only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DELAY = 2.0
 def track(items: Iterable[T], description: str, *, total: int | None = None, show: bool = True) -> Iterator[T]:
     """Yield `items`, showing a bar on standard error once they have taken two seconds.
 
-    Nothing is shown where standard error is not a terminal, or with `show=False`.
+    Nothing is shown if standard error is not a terminal, or with `show=False`.
     """
     console = Console(stderr=True)
     if not (show and console.is_terminal):

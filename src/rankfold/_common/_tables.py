@@ -1,4 +1,4 @@
-"""Tables of words and numbers: aligned for a terminal, and as HTML for a notebook."""
+"""Tables of text and numbers, aligned for a terminal or as HTML for a notebook."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from html import escape
 
 
 def text_table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collection[str] = ()) -> str:
-    """Return a table with its columns aligned, ruled below the heads.
+    """Return a table with aligned columns and a rule below the heads.
 
     Args:
         heads: the name of each column.
         rows: the cells of each row, one per head.
-        left: heads of the columns of words, flush left; all others are flush right, as numbers are.
+        left: heads of the columns to align left (text); all others are aligned right (numbers).
 
     Example:
         >>> print(text_table(("layer", "params"), [("conv", "1,200"), ("head", "90")], left=("layer",)))
@@ -41,14 +41,14 @@ def html_table(
     caption: str = "",
     below: Iterable[str] = (),
 ) -> str:
-    """Return the same table as HTML that needs no style sheet; every text is escaped.
+    """Return the same table as HTML that needs no style sheet; all text is escaped.
 
     Args:
         heads: the name of each column.
         rows: the cells of each row, one per head.
-        left: heads of the columns of words, flush left; all others are flush right.
-        caption: a title above the table.
-        below: lines under the table.
+        left: heads of the columns to align left (text); all others are aligned right (numbers).
+        caption: title above the table.
+        below: lines of text below the table.
     """
     align = ["left" if head in left else "right" for head in heads]
     title = f"<caption>{escape(caption)}</caption>" if caption else ""

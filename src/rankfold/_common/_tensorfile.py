@@ -1,7 +1,7 @@
 """Named tensors and texts in one safetensors file: nothing in it is ever executed.
 
-Tensors that are one tensor under several names (tied weights) are stored once; the header says
-which names they have. Saved models and the checkpoints of a training run are such files.
+A tensor with several names (tied weights) is stored once, and the header lists its other names. Saved models and
+checkpoints of training runs are such files.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from rankfold._common._atomic import atomic_path
 from rankfold.errors import StoreError
 
 ALIASES = "rankfold_aliases"
-FOREIGN = (  # what a file starts with that is often taken for a safetensors file
+FOREIGN = (  # the first bytes of files that are often mistaken for safetensors files
     (b"PK\x03\x04", "a zip archive, as torch.save writes it (.pt, .pth)"),
     (b"\x80", "a pickle"),
 )
-# What safetensors and torch raise for a header that is well-formed but asks for nonsense.
+# What safetensors and torch raise for a header that is well-formed but makes no sense.
 UNREADABLE = (SafetensorError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, OSError)
 
 
@@ -36,14 +36,14 @@ def write_tensors(
     """Write tensors and texts to `path`, atomically; the same ones give the same bytes.
 
     Args:
-        path: The file to write or to replace.
-        tensors: Dense tensors by name, on any device, contiguous or not; the same memory under several
-            names is written once.
-        texts: Further entries of the header.
+        path: the file to write or replace.
+        tensors: dense tensors by name, on any device, contiguous or not; the same memory under several names is
+            written once.
+        texts: further entries of the header.
 
     Raises:
-        StoreError: For a tensor without data (meta, sparse, a type that safetensors lacks), and where the
-            file cannot be written; then an old file at `path` is intact.
+        StoreError: a tensor has no data or cannot be stored (meta, sparse, unsupported dtype), or the file cannot be
+            written; an old file at `path` is then intact.
     """
     stored, aliases = _distinct(tensors)
     header = {"format": "pt", **(texts or {}), **({ALIASES: json.dumps(aliases)} if aliases else {})}
@@ -51,7 +51,7 @@ def write_tensors(
         with atomic_path(path) as unfinished:
             save_file(stored, unfinished, metadata=header)
             _sort_texts(unfinished)
-            with safe_open(unfinished, framework="pt"):  # fails unless every byte that the header names is there
+            with safe_open(unfinished, framework="pt"):  # fails unless all bytes listed in the header are there
                 pass
     except (OSError, SafetensorError, KeyError, AttributeError, ValueError) as problem:
         raise StoreError(f"{os.fspath(path)} cannot be written: {problem}") from problem
@@ -72,28 +72,33 @@ def _sort_texts(path: Path) -> None:
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read every tensor (to the CPU) and every text of a file.
 
-    Names that share a tensor in the file are given the same tensor object.
+    Names that share a tensor in the file get the same tensor object.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        StoreError: If it is not a whole safetensors file.
+        FileNotFoundError: there is no such file.
+        StoreError: the file is not a complete safetensors file.
     """
     with _opened(path) as file:
         texts = dict(file.metadata() or {})
-        # The copy lets go of the mapped file, which somebody may replace while the tensors are in use.
+        # The copy releases the mapped file, which may be replaced while the tensors are in use.
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     aliases = _aliases(path, texts.pop(ALIASES, "{}"), tensors)
     return tensors | {name: tensors[stored] for name, stored in aliases.items()}, texts
 
 
 def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Read the texts in the header of a file, and no tensor; raises as `read_tensors` does."""
+    """Read the texts in the header of a file, without reading any tensors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        StoreError: the file is not a complete safetensors file.
+    """
     with _opened(path) as file:
         return dict(file.metadata() or {})
 
 
 def json_text(path: str | os.PathLike[str], texts: Mapping[str, str], key: str) -> Any:
-    """Return an entry of the header parsed as JSON, or raise a `StoreError`."""
+    """Return an entry of the header, parsed as JSON; raise a `StoreError` if that is not possible."""
     try:
         return json.loads(texts[key])
     except (KeyError, ValueError, RecursionError) as problem:
@@ -101,7 +106,7 @@ def json_text(path: str | os.PathLike[str], texts: Mapping[str, str], key: str) 
 
 
 def _distinct(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Split tensors into those to store, each contiguous in memory of its own, and other names for them."""
+    """Split tensors into those to store, each contiguous and in its own memory, and further names for them."""
     stored: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     places: dict[tuple[Any, ...], str] = {}
@@ -144,7 +149,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
 
 
 def _recognise(path: str | os.PathLike[str]) -> None:
-    """Refuse what is plainly another kind of file, by name."""
+    """Refuse files that are clearly of another kind, naming the kind."""
     if Path(path).exists() and not Path(path).is_file():
         raise StoreError(f"{os.fspath(path)} is not a regular file")
     try:
@@ -158,7 +163,7 @@ def _recognise(path: str | os.PathLike[str]) -> None:
     if not start:
         raise StoreError(f"{os.fspath(path)} is empty")
     for magic, kind in FOREIGN:
-        # A safetensors file starts with a length and then a brace: with that brace it may be one after all.
+        # A safetensors file starts with a length and then a brace: with a brace it may be one after all.
         if start.startswith(magic) and second != b"{":
             raise StoreError(
                 f"{os.fspath(path)} is {kind}, which could run code when opened: Rankfold reads safetensors files only"

@@ -1,8 +1,11 @@
-"""Shapes in annotations: jaxtyping where it is installed (the tests check it), plain tensors otherwise."""
+"""Types in annotations: ranks; shapes by jaxtyping where it is installed (the tests check it), else plain tensors."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+Rank: TypeAlias = int | tuple[int, ...]
+"""A rank: one number, or one for every bond or mode."""
 
 if TYPE_CHECKING:
     from jaxtyping import Float as Float
@@ -12,7 +15,7 @@ else:
     except ImportError:
 
         class Float:
-            """Stands in for `jaxtyping.Float`: `Float[Tensor, "out in"]` is `Tensor`."""
+            """Replaces `jaxtyping.Float`: `Float[Tensor, "out in"]` is `Tensor`."""
 
             def __class_getitem__(cls, item: tuple[Any, str]) -> Any:
                 """Return the array type alone."""

@@ -1,8 +1,8 @@
 """Alternating least squares in a metric: approximations `A B(x)` of a matrix, linear in A and in each x.
 
-The squared error of the outputs is a quadratic form in A, and in each x. A is solved for exactly; x by a few steps of
-preconditioned conjugate gradients from where it is: they never raise the error, take a singular second moment, and
-need no matrix of the normal equations.
+The squared error of the outputs is a quadratic form in A, and in each x. A is solved for exactly. Each x gets a few
+steps of preconditioned conjugate gradients from its current value: they never raise the error, cope with a singular
+second moment, and never form the matrix of the normal equations.
 """
 # ruff: noqa: F722 (shape strings)
 
@@ -20,9 +20,11 @@ from rankfold.decompose._metric import SOFTENING, check_definite, check_moment, 
 from rankfold.decompose._unfold import relative, working_copy
 
 DAMPING = 1e-8  # share of the mean diagonal of normal equations that is added to the diagonal when a change is solved
-FINE = 1e-12  # the same where no factor comes of it, but a curve of errors: these are seen down to its root
+FINE = 1e-12  # the same for curves of errors, which no factor depends on: they are accurate down to its root
 STEPS = 4  # of conjugate gradients per factor and sweep
-SETTLED = 1e-10  # a residual below this share of the first one is rounding
+SWEEPS = 10  # over all factors, at most
+TOLERANCE = 2e-3  # sweeps end when one lowers the error by less than this share of it
+SETTLED = 1e-10  # a residual below this share of the first one is only rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,12 +70,12 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class Inner:
-    """An inner factor x of `A B(x)`: what the solver needs to know of it.
+    """An inner factor x of `A B(x)`, as the solver sees it.
 
     Attributes:
         expand: `B(x) C` of x, (p, n): the rows that A combines, already multiplied by the second moment.
-        collect: the adjoint of B: a matrix (p, n) to the shape of x.
-        precondition: about the inverse of the normal equations, on the shape of x.
+        collect: the adjoint of B, from a matrix (p, n) to the shape of x.
+        precondition: an approximate inverse of the normal equations, acting on the shape of x.
     """
 
     expand: Callable[[Tensor], Tensor]
@@ -98,7 +100,7 @@ def quadratic_error(
 
 
 def damped_cholesky(normal: Float[Tensor, "p p"], damping: float = DAMPING) -> Float[Tensor, "p p"]:
-    """Return the Cholesky factor of a positive semi-definite matrix, its diagonal raised as far as it takes."""
+    """Return the Cholesky factor of a positive semi-definite matrix, its diagonal raised as much as necessary."""
     symmetric, limits = (normal + normal.T) / 2, torch.finfo(normal.dtype)
     mean, damping = float(symmetric.diagonal().mean()), max(damping, 10 * limits.eps)
     for _ in range(8):
@@ -115,7 +117,7 @@ def damped_cholesky(normal: Float[Tensor, "p p"], damping: float = DAMPING) -> F
 def solve_inner(
     gram: Callable[[Tensor], Tensor], wanted: Float[Tensor, "p n"], x: Tensor, inner: Inner, steps: int = STEPS
 ) -> Tensor:
-    """Return x after some conjugate gradients on its normal equations, `B^*(gram(B(x) C)) = B^*(wanted)`.
+    """Return x after some steps of conjugate gradients on its normal equations, `B^*(gram(B(x) C)) = B^*(wanted)`.
 
     For `A B(x)`, gram multiplies by `A^T A` and wanted is `A^T W C`.
     """
@@ -127,7 +129,7 @@ def solve_inner(
             break
         image = inner.collect(gram(inner.expand(direction)))
         curvature = float((direction * image).sum())
-        if not curvature > 0:  # only rounding is left
+        if not curvature > 0:  # nothing but rounding is left
             break
         x = x + (size / curvature) * direction
         if step == steps - 1:
@@ -140,7 +142,7 @@ def solve_inner(
 
 
 def improved(target: Target, left: Float[Tensor, "m p"], x: Tensor, inner: Inner, steps: int = STEPS) -> Tensor:
-    """Return the inner factor x of `A B(x)` after some conjugate gradients, for A as it is."""
+    """Return the inner factor x of `A B(x)` after some conjugate gradients with A held fixed."""
     gram = left.T @ left
     return solve_inner(lambda rows: gram @ rows, left.T @ target.image, x, inner, steps)
 
@@ -160,7 +162,11 @@ def kronecker_solver(rows: Float[Tensor, "a a"], columns: Float[Tensor, "b b"]) 
 def alternate(
     improve: Callable[[], float], iterations: int, tolerance: float, start: float
 ) -> tuple[tuple[float, ...], bool]:
-    """Call `improve` until the error that it returns falls by less than this share of itself; return all errors."""
+    """Call `improve` until the error it returns falls by less than `tolerance` times itself.
+
+    Returns:
+        All errors, `start` first, and whether they settled.
+    """
     trace = [start]
     while len(trace) <= iterations:
         trace.append(improve())

@@ -1,7 +1,7 @@
 """Families of functions of one variable for the activations of a flexible layer, with their derivatives.
 
-Every neuron has a coordinate u that lies in [-1, 1] on the samples. Outside it, all families go on linearly.
-A constant is left out wherever it can be: it belongs to the bias behind the activations.
+Every neuron has a coordinate u that lies in [-1, 1] on the samples. Beyond that range, all families continue linearly.
+Constants are left out wherever possible: they belong in the bias behind the activations.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankfold._common import one_of, whole
+from rankfold._common import check_dense, one_of, whole
 from rankfold.errors import DecompositionError
 
 Function = Callable[[Tensor], Tensor]
@@ -25,11 +25,12 @@ class Basis:
     """The functions that an activation is a combination of: `g(u) = sum_d c_d phi_d(u)`.
 
     Args:
-        kind: "piecewise" (linear between knots of each neuron's own), "legendre" or "chebyshev" (polynomials of
-            degree `size`, without a constant) or "spline" (cubic B-splines on `size - 3` equal intervals).
+        kind: "piecewise" (linear between knots, which each neuron has of its own), "legendre" or "chebyshev"
+            (polynomials of degree `size`, without a constant) or "spline" (cubic B-splines on `size - 3` equal
+            intervals).
         size: the number of functions.
         element: "relu", "tanh" or "gelu" for one more function, `element(stretch * u + shift)` with a stretch and
-            a shift of each neuron's own, so that a network's activation is in the basis; "" for none.
+            a shift per neuron, so that the basis contains a network's own activation; "" for none.
 
     Raises:
         DecompositionError: an unknown kind or element, or a size that is too small for the kind.
@@ -46,7 +47,8 @@ class Basis:
     def __post_init__(self) -> None:
         one_of("basis", self.kind, sorted(KINDS), error=DecompositionError)
         one_of("element", self.element, ("", *ELEMENTS), error=DecompositionError)
-        whole(f"size of a {self.kind} basis", self.size, KINDS[self.kind].least, error=DecompositionError)
+        size = whole(f"size of a {self.kind} basis", self.size, KINDS[self.kind].least, error=DecompositionError)
+        object.__setattr__(self, "size", size)
 
     @property
     def columns(self) -> int:
@@ -55,18 +57,18 @@ class Basis:
 
     @property
     def knots(self) -> int:
-        """The number of knots of a neuron: one less than the size where it has any, as the first function is u."""
+        """The number of knots of a neuron: one less than the size if it has any, because the first function is u."""
         return self.size - 1 if self.kind == "piecewise" else 0
 
 
 @dataclass(frozen=True, eq=False)
 class Shapes:
-    """What the functions of a basis depend on beside u, neuron by neuron.
+    """What the functions of a basis depend on besides u, neuron by neuron.
 
     Attributes:
         knots: where a piecewise linear activation may bend (rank, knots).
-        stretch: factor of u inside the element (rank,).
-        shift: added to it inside the element (rank,).
+        stretch: what u is multiplied by inside the element (rank,).
+        shift: what is added inside the element (rank,).
     """
 
     knots: Tensor
@@ -76,6 +78,7 @@ class Shapes:
 
 def values_of(basis: Basis, u: Tensor, shapes: Shapes) -> Tensor:
     """Return the values (…, rank, columns) of the functions at u (…, rank)."""
+    check_dense(u, "u", meta=True)
     kind = KINDS[basis.kind]
     inside = u.clamp(-1, 1)
     values = kind.values(u if kind.unbounded else inside, shapes.knots, basis.size)
@@ -99,12 +102,12 @@ def slopes_of(basis: Basis, u: Tensor, shapes: Shapes) -> Tensor:
 
 def _hinges(u: Tensor, knots: Tensor, size: int) -> Tensor:
     """Return u and max(0, u - knot)."""
-    del size  # the knots tell
+    del size  # given by the knots
     return torch.cat([u[..., None], torch.relu(u[..., None] - knots)], -1)
 
 
 def _steps(u: Tensor, knots: Tensor, size: int) -> Tensor:
-    del size  # the knots tell
+    del size  # given by the knots
     steps = (u[..., None] > knots).to(u.dtype)
     return torch.cat([torch.ones_like(u)[..., None], steps], -1)
 
@@ -142,7 +145,7 @@ def _chebyshev_slopes(u: Tensor, knots: Tensor, size: int) -> Tensor:
 
 
 def _spline_distance(u: Tensor, size: int) -> Tensor:
-    """Return the distance of u to the middle of each B-spline, in intervals."""
+    """Return the distance from u to the centre of each B-spline, in intervals."""
     intervals = size - 3
     middles = torch.arange(-1, intervals + 2, dtype=u.dtype, device=u.device)
     return (u[..., None] + 1) * (intervals / 2) - middles
@@ -170,7 +173,7 @@ def _gelu_slope(u: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Kind:
-    """A family of functions: values, derivatives, its least size, whether it holds beyond [-1, 1] by itself."""
+    """A family of functions: values, derivatives, the least size, and whether it is defined beyond [-1, 1]."""
 
     values: Family
     slopes: Family
@@ -192,7 +195,7 @@ ELEMENTS: dict[str, tuple[Function, Function]] = {
 
 
 def even_knots(basis: Basis, rank: int) -> Tensor:
-    """Return knots (rank, knots) at equal distances inside [-1, 1]."""
+    """Return evenly spaced knots (rank, knots) inside [-1, 1]."""
     return torch.linspace(-1, 1, basis.knots + 2, dtype=torch.float64)[1:-1].expand(rank, -1).clone()
 
 
@@ -205,10 +208,10 @@ def quantile_knots(basis: Basis, u: Tensor) -> Tensor:
 
 
 def bent_knots(basis: Basis, u: Tensor, slopes: Tensor) -> Tensor:
-    """Return knots (rank, knots) that cut each neuron's slope, a function of u, into its most constant pieces.
+    """Return knots (rank, knots) that cut each neuron's slope, as a function of u, into nearly constant pieces.
 
-    Greedy: each knot is the cut that lowers the squared deviation from the mean of the piece the most; where
-    nothing is left to gain, the longest piece is cut in two.
+    Greedy: the next knot is the cut that most reduces the squared deviation from the means of the pieces; once there is
+    nothing left to gain, the longest piece is halved.
 
     Args:
         basis: a piecewise basis.
@@ -232,7 +235,7 @@ def bent_knots(basis: Basis, u: Tensor, slopes: Tensor) -> Tensor:
 
 
 def _gain(sums: Tensor, cuts: Tensor, position: Tensor, scale: Tensor) -> Tensor:
-    """Return what a cut before each sample would gain, as a share of all, plus a trace of the length it halves."""
+    """Return the share of the deviation that a cut before each sample removes, plus a tiny bonus for long pieces."""
     places = position.expand(len(cuts), -1).contiguous()
     right = torch.searchsorted(cuts, places, right=False).clamp(1, cuts.shape[1] - 1)
     start, end = cuts.gather(1, right - 1), cuts.gather(1, right)

@@ -34,7 +34,7 @@ def block_tensor_train(
         out_shape: two dims whose product is at least the number of rows.
         in_shape: two dims whose product is at least the number of columns.
         rank: of every block, up to min(n_2, m_1).
-        dtype: what to compute in, torch.float64 or torch.float32.
+        dtype: to compute in, torch.float64 or torch.float32.
 
     Returns:
         The factors in the matrix's dtype, the square roots of the singular values in each, and the error.
@@ -72,7 +72,7 @@ def block_singular_values(
         matrix: as in `block_tensor_train`.
         out_shape: as in `block_tensor_train`.
         in_shape: as in `block_tensor_train`.
-        dtype: what to compute in.
+        dtype: to compute in.
 
     Returns:
         (blocks down, blocks across, values).
@@ -91,5 +91,5 @@ def block_singular_values(
 
 
 def _blocks(matrix: Tensor, out_shape: Sequence[int], in_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The blocks (down, across, rows, columns)."""
-    return two_modes(working_copy(matrix, dtype, order=2), out_shape, in_shape).transpose(1, 2)
+    """Return the blocks (down, across, rows, columns)."""
+    return two_modes(working_copy(matrix, dtype, order=2, what="matrix"), out_shape, in_shape).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Coupled factorisation of a function's Jacobians and values: a layer of neurons with activations of their own."""
+"""Coupled factorisation of a function's Jacobians and values: neurons that each have their own activation."""
 # ruff: noqa: F722 (shape strings)
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from rankfold.decompose._coupled_model import (
     right_step,
     squared_errors,
 )
-from rankfold.decompose._coupled_refine import EXACT, REFINEMENTS, Refined, is_small
+from rankfold.decompose._coupled_refine import REFINEMENTS, SOLVED, Refined, is_small
 from rankfold.decompose._coupled_start import STARTS, Neurons, from_neurons
 from rankfold.decompose._unfold import check_rank, working_copy
 from rankfold.errors import DecompositionError
 
-SWEEPS = 40
+MOST_SWEEPS = 40
 STALL = 1e-4  # a sweep that lowers the cost by less than this share of it ends the alternation
-DAMPINGS = (1.0, 0.3, 0.1)  # shares of a step of the directions that are tried
+DAMPINGS = (1.0, 0.3, 0.1)  # shares of a step of the directions to try
 SUBSETS = 3000  # subsets of columns that a k-rank may look at
-BALANCE = (0.1, 100.0)  # bounds on the weight of the values where it is found automatically
-REBENDS = 3  # times that the knots are put anew during a quick refinement
-FINALISTS = 3  # starts that are refined where that is quick
+BALANCE = (0.1, 100.0)  # bounds on the weight of the values when it is chosen automatically
+REBENDS = 3  # how often the knots are placed again during a quick refinement
+FINALISTS = 3  # starts that are refined if that is quick
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class Coupled:
 
     Attributes:
         left: outgoing weights (out, rank).
-        right: incoming weights (in, rank), so scaled that the samples' coordinates span [-1, 1].
+        right: incoming weights (in, rank), scaled so that the samples' coordinates span [-1, 1].
         offset: added to the coordinates (rank,).
         bias: added to the values (out,).
         coefficients: of each activation in its functions (rank, columns).
@@ -55,7 +55,7 @@ class Coupled:
         cost: squared Jacobian error plus `weight` times the squared value error.
         value_error: relative Frobenius error of the values, from their mean.
         jacobian_error: relative Frobenius error of the Jacobians.
-        weight: what the values count beside the Jacobians in the cost.
+        weight: of the values in the cost, relative to the Jacobians.
         start: the name of the start that was kept.
         spread: the cost that each start reached before refinement, by name; repeated names are numbered.
         trace: cost after each sweep and each step of the refinement of the start that was kept.
@@ -126,13 +126,13 @@ def coupled(  # noqa: PLR0913 (one keyword per choice of the algorithm)
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Coupled:
-    """Write a function as one layer of `rank` neurons, each with an activation of its own, from samples of it.
+    """Write a function as one layer of `rank` neurons, each with its own activation, from samples of it.
 
     `min ||J - [[W, V, H]]||^2 / ||J||^2 + weight ||F - W Z^T - b 1^T||^2 / ||F - mean||^2` with
     `H_ik = g_k'(u_ik)`, `Z_ik = g_k(u_ik)`, `u_ik = v_k^T x_i + a_k`: the Jacobians are a CP whose third factor is
-    tied to the values by common coefficients. Every start alternates between W, V and the coefficients; as the step
-    of V takes H as fixed, it is shortened until the cost falls. The best starts are then refined in all parameters
-    at once, and the best of all is kept.
+    tied to the values by common coefficients. Every start alternates between W, V and the coefficients; since
+    the step of V treats H as fixed, it is shortened until the cost falls. The best starts are then refined in all
+    parameters at once, and the best of all is kept.
 
     Use it for a stretch of a network without branches. Where the Jacobians are nearly constant the function is
     linear and an SVD does the same for less.
@@ -146,12 +146,12 @@ def coupled(  # noqa: PLR0913 (one keyword per choice of the algorithm)
         starts: names out of "algebraic" (generalised eigenvalues; only where rank <= in and out), "cp" (CP of the
             Jacobians from its best start), "linear" (SVD of the mean Jacobian) and "random" (CP from one random
             start); a name may occur several times.
-        initial: neurons of a network as one more start, the `rank` most important of them where they are more.
+        initial: neurons of a network as one more start; if there are more than `rank`, the most important of them.
         solver: "joint" solves for the coefficients of all neurons together, "projection" fits each neuron's to free
             gains and free hidden values.
         refine: "levenberg-marquardt", "gradient" (L-BFGS), "auto" (by the number of parameters) or "none".
-        weight: what the values count beside the Jacobians; None starts with 1 and, before the refinement, gives
-            both the same part of the cost.
+        weight: of the values, relative to the Jacobians; None starts with 1 and, before the refinement, balances
+            their parts of the cost.
         seed: of the random numbers in the starts.
         dtype: to compute in: torch.float64 or torch.float32.
 
@@ -186,7 +186,7 @@ def coupled(  # noqa: PLR0913 (one keyword per choice of the algorithm)
     refined: dict[str, Refined] = {}
     for name in ranked[: FINALISTS if is_small(runs[ranked[0]].state) else 1]:
         refined[name] = _refined(problem, runs[name].state, balance, solver, refine)
-        if refined[name].cost < EXACT:
+        if refined[name].cost < SOLVED:
             break
     best = min(refined, key=lambda name: refined[name].cost)
     result = _result(problem, refined[best].state, balance, values.mean(1), jacobians.dtype)
@@ -195,8 +195,9 @@ def coupled(  # noqa: PLR0913 (one keyword per choice of the algorithm)
 
 
 def _problem(jacobians: Tensor, values: Tensor, inputs: Tensor, rank: int, basis: Basis, dtype: torch.dtype) -> Problem:
-    j = working_copy(jacobians, dtype, order=3).permute(2, 0, 1).contiguous()
-    f, x = (working_copy(matrix, dtype, order=2).T.contiguous() for matrix in (values, inputs))
+    j = working_copy(jacobians, dtype, order=3, what="jacobians").permute(2, 0, 1).contiguous()
+    f = working_copy(values, dtype, order=2, what="values").T.contiguous()
+    x = working_copy(inputs, dtype, order=2, what="inputs").T.contiguous()
     samples, out, into = j.shape
     if tuple(f.shape) != (samples, out) or tuple(x.shape) != (samples, into):
         raise DecompositionError(
@@ -212,6 +213,8 @@ def _problem(jacobians: Tensor, values: Tensor, inputs: Tensor, rank: int, basis
 def _check_names(starts: Sequence[str], initial: Neurons | None, solver: str, refine: str) -> None:
     if isinstance(starts, str) or any(name not in STARTS for name in starts) or (not starts and initial is None):
         raise DecompositionError(f"starts is a sequence of names out of {sorted(STARTS)}, not {starts!r}")
+    if initial is not None and not isinstance(initial, Neurons):
+        raise DecompositionError(f"initial must be Neurons, got {type(initial).__name__}")
     for what, name, table in (("solver", solver, SOLVERS), ("refine", refine, REFINEMENTS)):
         one_of(what, name, table, error=DecompositionError)
 
@@ -230,7 +233,7 @@ def _begun(problem: Problem, rank: int, starts: Sequence[str], initial: Neurons 
 
 
 def _alternate(problem: Problem, state: State, weight: float, solver: str) -> Refined:
-    """Sweep until the cost stalls; then put knots where the gains bend, sweep again, and keep the better."""
+    """Sweep until the cost stalls; move the knots to where the gains bend, sweep again, and keep the better run."""
     run = _sweeps(problem, SOLVERS[solver](problem, state, weight), weight, solver)
     if problem.basis.knots == 0:
         return run
@@ -239,7 +242,7 @@ def _alternate(problem: Problem, state: State, weight: float, solver: str) -> Re
 
 
 def _refined(problem: Problem, state: State, weight: float, solver: str, refine: str) -> Refined:
-    """Refine, put knots where the gains bend now, as no small step takes a knot past a sample, and refine again."""
+    """Refine, move the knots to where the gains now bend (small steps cannot take one past a sample), refine again."""
     run = REFINEMENTS[refine](problem, state, weight)
     if problem.basis.knots == 0 or refine == "none":
         return run
@@ -259,7 +262,7 @@ def _bent(problem: Problem, state: State, weight: float, solver: str) -> State:
 
 def _sweeps(problem: Problem, state: State, weight: float, solver: str) -> Refined:
     best, trace = state, [cost_of(problem, state, weight)]
-    for _ in range(SWEEPS):
+    for _ in range(MOST_SWEEPS):
         state = _sweep(problem, state, weight, solver)
         cost = cost_of(problem, state, weight)
         if cost < min(trace):
@@ -285,7 +288,7 @@ def _sweep(problem: Problem, state: State, weight: float, solver: str) -> State:
 
 
 def _balanced(problem: Problem, state: State) -> float:
-    """Return the weight at which Jacobians and values have the same part in the cost."""
+    """Return the weight at which Jacobians and values contribute equally to the cost."""
     jacobian, value = (float(error.clamp_min(1e-15)) for error in squared_errors(problem, state))
     return min(max(jacobian / value, BALANCE[0]), BALANCE[1])
 

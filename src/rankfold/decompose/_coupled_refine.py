@@ -14,10 +14,10 @@ from torch import Tensor
 from rankfold.decompose._bases import Shapes, slopes_of, values_of
 from rankfold.decompose._coupled_model import Problem, State, cost_of, squared_errors
 
-SMALL = 1200  # parameters up to which Levenberg-Marquardt solves for all of them
-STEPS = {"levenberg-marquardt": 60, "gradient": 300}
+SMALL = 1200  # up to this many parameters, Levenberg-Marquardt solves for all of them
+MOST_STEPS = {"levenberg-marquardt": 60, "gradient": 300}
 STALL = 1e-3  # a step that lowers the cost by less than this share is no progress
-EXACT = 1e-24  # cost that is rounding alone
+SOLVED = 1e-24  # a cost below this is only rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,13 +58,13 @@ def levenberg_marquardt(problem: Problem, state: State, weight: float) -> Refine
     vector, cost, damping = pack(state), cost_of(problem, state, weight), 1e-3
     trace = [cost]
     stalled = 0
-    for _ in range(STEPS["levenberg-marquardt"]):
+    for _ in range(MOST_STEPS["levenberg-marquardt"]):
         normal, gradient = _normal_equations(problem, vector, state, weight)
         found = _damped_step(problem, (vector, cost, damping), (normal, gradient), state, weight)
         stalled = stalled + 1 if cost - found[1] < STALL * cost else 0
         vector, cost, damping = found
         trace.append(cost)
-        if stalled == 3 or cost < EXACT or damping > 1e10:
+        if stalled == 3 or cost < SOLVED or damping > 1e10:
             break
     return Refined(unpack(vector, state), cost, tuple(trace))
 
@@ -98,7 +98,7 @@ def _normal_equations(problem: Problem, vector: Tensor, like: State, weight: flo
     """
     state = unpack(vector, like)
     (gains, gain_slopes), (hidden, hidden_slopes) = _neuron_slopes(problem, state)
-    # the bias takes the mean of the values away
+    # the bias absorbs the mean of the values
     hidden, hidden_slopes = hidden - hidden.mean(0), hidden_slopes - hidden_slopes.mean(0)
     left, right = state.left, state.right
     scale = weight / problem.squared_values
@@ -197,7 +197,7 @@ def gradient(problem: Problem, state: State, weight: float) -> Refined:
         trace.append(best[0])
         return reached, (slope * scale).double().cpu().numpy()
 
-    limits = {"maxiter": STEPS["gradient"], "maxfun": 2 * STEPS["gradient"], "maxcor": 20}
+    limits = {"maxiter": MOST_STEPS["gradient"], "maxfun": 2 * MOST_STEPS["gradient"], "maxcor": 20}
     minimize(evaluate, (start / scale).double().cpu().numpy(), jac=True, method="L-BFGS-B", options=limits)
     return Refined(unpack(best[1], state), max(best[0], 0.0), tuple(trace))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rankfold._common import one_of
+from rankfold._common import check_dense, one_of
 from rankfold.decompose._bases import ELEMENTS, Shapes, quantile_knots
 from rankfold.decompose._coupled_model import Problem, State, coordinates, normalised
 from rankfold.decompose._cp import cp
@@ -25,6 +25,9 @@ class Neurons:
         right: incoming weights (in, width).
         offset: biases of the neurons (width,).
         activation: "relu", "tanh" or "gelu".
+
+    Raises:
+        DecompositionError: weights or biases that are not dense tensors, an unknown activation.
     """
 
     left: Tensor
@@ -33,6 +36,8 @@ class Neurons:
     activation: str = "relu"
 
     def __post_init__(self) -> None:
+        for name in ("left", "right", "offset"):
+            check_dense(getattr(self, name), name)
         one_of("activation", self.activation, ELEMENTS, error=DecompositionError)
 
 
@@ -48,7 +53,7 @@ def begin(problem: Problem, left: Tensor, right: Tensor) -> State:
 
 
 def from_cp(problem: Problem, rank: int, seed: int, starts: Sequence[str] = ("algebraic", "hosvd", "random")) -> State:
-    """Begin from the CP of the Jacobians without its third factor."""
+    """Start from the CP of the Jacobians, without its third factor."""
     limit = problem.jacobians.numel() // max(problem.jacobians.shape)
     found = cp(problem.jacobians, min(rank, limit), starts=starts, iterations=150, seed=seed)
     left, right = found.factors[1], found.factors[2]
@@ -60,7 +65,7 @@ def from_cp(problem: Problem, rank: int, seed: int, starts: Sequence[str] = ("al
 
 
 def algebraic(problem: Problem, rank: int, seed: int) -> State | None:
-    """Begin from generalised eigenvectors of mixtures of Jacobians; None where the rank is beyond their size."""
+    """Start from generalised eigenvectors of mixtures of Jacobians; None if the rank exceeds their size."""
     if rank > min(problem.jacobians.shape[1:]):
         return None
     try:
@@ -70,7 +75,7 @@ def algebraic(problem: Problem, rank: int, seed: int) -> State | None:
 
 
 def random(problem: Problem, rank: int, seed: int) -> State:
-    """Begin from Gaussian factors after sweeps with free gains at the samples: CP from one random start."""
+    """Start from Gaussian factors after sweeps with free gains at the samples: CP from one random start."""
     return from_cp(problem, rank, seed, ("random",))
 
 
@@ -82,7 +87,7 @@ def _directions(problem: Problem, rank: int, seed: int) -> tuple[Tensor, Tensor]
 
 
 def slices(problem: Problem, rank: int, seed: int) -> State:
-    """Begin from the singular vectors of the mean Jacobian, the best linear map, and random directions beyond."""
+    """Start from the singular vectors of the mean Jacobian, the best linear map, and random directions beyond."""
     mean = problem.jacobians.mean(0)
     kept = min(rank, *mean.shape)
     found = svd(mean, kept)
@@ -92,9 +97,9 @@ def slices(problem: Problem, rank: int, seed: int) -> State:
 
 
 def from_neurons(problem: Problem, rank: int, neurons: Neurons, seed: int) -> State:
-    """Begin from the neurons of a network that move the values most, each with a knot where it bends.
+    """Start from the neurons of a network that move the values most, each with a knot where it bends.
 
-    Where they are fewer than the rank, random ones follow.
+    If there are fewer than the rank, random ones are added.
     """
     left, right, offset = (part.to(problem.values) for part in (neurons.left, neurons.right, neurons.offset))
     missing = rank - left.shape[1]

@@ -27,7 +27,7 @@ from rankfold.decompose._factors import CP
 from rankfold.decompose._unfold import check_rank, check_tolerance, relative, working_copy
 from rankfold.errors import DecompositionError
 
-TRIAL = 10  # sweeps that every start gets before the best one goes on
+TRIAL = 10  # sweeps that every start gets before the best one continues
 WORTHWHILE = 0.7  # a core is swept first where it has less than this share of the tensor's entries
 
 
@@ -46,19 +46,19 @@ def cp(  # noqa: PLR0913 (one keyword per choice of the algorithm)
     """Write a tensor as a sum of `rank` rank-one terms, minimising the Frobenius error by alternating least squares.
 
     `min ||X - sum_r a_r o b_r o c_r ...||`, one factor at a time. Every start runs briefly on a core compressed by
-    HOSVD, the best one goes on there and then on the tensor itself. A best approximation need not exist: terms may
-    grow without end and cancel. No sweep lets the sum of their squared norms exceed `max_degeneracy ||X||^2`, and where
-    it ends above `10 ||X||^2`, the error-preserving correction lowers it at an error at most 0.5 % higher.
-    At order 2 it is the SVD.
+    HOSVD; the best one continues there and then on the tensor itself. A best approximation need not exist: terms may
+    grow without bound and cancel. No sweep lets the sum of their squared norms exceed `max_degeneracy ||X||^2`, and
+    where it ends above `10 ||X||^2`, the error-preserving correction lowers it at an error at most 0.5 % higher. At
+    order 2 it is the SVD.
 
-    Use it for kernels whose modes all have to be separated; Tucker keeps more of the error for the same parameters
-    when only two modes are long, and its optimum is easier to find.
+    Use it for kernels whose modes all have to be separated. When only two modes are long, Tucker reaches a lower error
+    with the same parameters, and its optimum is easier to find.
 
     Args:
         tensor: order >= 2, any float dtype and device.
         rank: number of terms, at most the product of all dims but the largest (where CP is exact).
-        iterations: sweeps at most, over the core and the tensor together, after the start was chosen.
-        tolerance: stop when a sweep lowers the error by less than this part of it.
+        iterations: the maximum number of sweeps, over the core and the tensor together, once the start is chosen.
+        tolerance: stop when a sweep lowers the error by less than this share of it.
         starts: names out of "algebraic" (generalised eigenvalues; exact for exact tensors whose rank is at most
             the second longest dim), "hosvd" (nested SVDs) and "random".
         initial: an earlier result for this tensor, at the same or a lower rank, as one more start;
@@ -110,7 +110,7 @@ def cp_errors(  # noqa: PLR0913 (one keyword per choice of the algorithm)
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> list[float]:
-    """Estimate the relative error of CP at many ranks from a few short fits, each begun from the one below.
+    """Estimate the relative error of CP at many ranks from a few short fits, each started from the one before.
 
     Fits at `anchors` ranks in geometric progression between the smallest and the largest; there the error is that
     of a fit of `iterations` sweeps, an upper estimate of what `cp` reaches. In between, the square root of the error
@@ -120,7 +120,7 @@ def cp_errors(  # noqa: PLR0913 (one keyword per choice of the algorithm)
         tensor: order >= 2, any float dtype and device.
         ranks: the ranks asked for, in any order, each between 1 and the full rank.
         iterations: sweeps per fit.
-        anchors: number of fits at most, at least 2.
+        anchors: the maximum number of fits, at least 2.
         seed: of the random numbers in the first fit's starts.
         dtype: to compute in; the default resolves errors down to about 1e-6.
 
@@ -154,7 +154,7 @@ def anchor_ranks(ranks: Sequence[int], anchors: int) -> list[int]:
 
 
 def fits_at(work: Tensor, ranks: Sequence[int], iterations: int, seed: int) -> Iterator[tuple[int, Run]]:
-    """Yield a short fit at each of ascending ranks, begun from the one before; nothing for the zero tensor."""
+    """Yield a short fit at each of the ascending ranks, started from the one before; nothing for the zero tensor."""
     split = split_modes(work)
     terms: Terms | None = None
     for rank in ranks if split.total else ():
@@ -184,7 +184,7 @@ def _fit(  # noqa: PLR0913 (private; two callers)
     warm: Sequence[Terms],
     seed: int,
 ) -> Run:
-    """Try every start briefly, on the compressed core where it has one; let the best go on, there and on the tensor."""
+    """Try every start briefly, on the compressed core if there is one; continue the best there and on the tensor."""
     core, bases = compress(work, rank) if starts else (work, [])
     if core.numel() > WORTHWHILE * work.numel():
         core, bases = work, []
@@ -225,6 +225,8 @@ def _check_options(iterations: int, starts: Sequence[str], initial: CP | None, m
 
 def _initial_terms(initial: CP, work: Tensor, rank: int) -> Terms:
     """Return an earlier result as terms of the given rank, its missing ones taken from the residual."""
+    if not isinstance(initial, CP):
+        raise DecompositionError(f"initial must be a CP, got {type(initial).__name__}: pass what cp returned")
     dims = tuple(factor.shape[0] for factor in initial.factors)
     if dims != tuple(work.shape) or initial.rank > rank:
         raise DecompositionError(

@@ -209,7 +209,7 @@ def solve_to_fit(
 ) -> Float[Tensor, "rank dim"]:
     """Minimise `||U||^2` subject to `2 <product, U> - <U, gram U> >= fitted`: the largest ridge that still fits.
 
-    Where nothing fits as much, the smallest ridge: a plain step.
+    If nothing fits that well, the smallest ridge is used: a plain step.
     """
     spectrum = Spectrum(gram, product)
     low, high = spectrum.levels
@@ -245,7 +245,7 @@ class Spectrum:
 
 
 def bisect(holds: Callable[[float], bool], start: float, end: float) -> float:
-    """Return where `holds` turns true on the way from start to end, on the side where it does; end if nowhere."""
+    """Return the point from start to end at which `holds` becomes true, on the true side; `end` if it never does."""
     for _ in range(50):
         middle = (start + end) / 2
         start, end = (start, middle) if holds(middle) else (middle, end)

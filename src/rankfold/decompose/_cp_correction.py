@@ -13,7 +13,7 @@ from rankfold.decompose._unfold import relative
 HEALTHY = 10.0  # degeneracy that needs no correction
 SLACK = 1.005  # how much of the error a correction may add
 FLOOR = 1e-6  # relative error below which a correction cannot resolve the constraint
-SWEEPS = 200
+CORRECTION_SWEEPS = 200
 STALL = 1e-4
 
 
@@ -30,9 +30,9 @@ def sensitivity(terms: Terms) -> float:
 
 
 def corrected(split: Split, terms: Terms) -> Terms:
-    """Return terms of degeneracy above `HEALTHY` with it lowered at `SLACK` times their error, others as they are.
+    """Return terms of degeneracy above `HEALTHY` with a lower one, at `SLACK` times their error; others as they are.
 
-    Computes in float64. An exact decomposition has no room to trade and stays as it is; so does one without ceiling.
+    Computes in float64. An exact decomposition has no room to trade and stays as it is, as does one without a ceiling.
     """
     if degeneracy(terms, split.total) <= HEALTHY or split.ceiling == math.inf:
         return terms
@@ -52,7 +52,7 @@ def correct(split: Split, terms: Terms, allowed: float) -> Terms:
     terms = Terms(terms.weights, list(terms.rows))
     fitted = split.kept - allowed**2 * split.total
     before = degeneracy(terms, split.total)
-    for _ in range(SWEEPS):
+    for _ in range(CORRECTION_SWEEPS):
         grams = Grams(terms.rows)
         for mode, product in products(split, terms.rows):
             terms.set_mode(mode, solve_to_fit(grams.without(mode), product, fitted))

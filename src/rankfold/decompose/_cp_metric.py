@@ -12,6 +12,8 @@ from torch import Tensor
 
 from rankfold._common import Float
 from rankfold.decompose._alternate import (
+    SWEEPS,
+    TOLERANCE,
     Inner,
     Target,
     alternate,
@@ -27,12 +29,10 @@ from rankfold.decompose._factors import CP
 from rankfold.decompose._metric import soft_marginals, symmetric_root
 from rankfold.decompose._unfold import check_rank, khatri_rao, mode_product, working_copy
 
-SWEEPS = 10
-TOLERANCE = 2e-3
 WORK = 1e11  # multiply-adds that the sweeps may take: about ten seconds of one core
-STEPS = 3  # of conjugate gradients per factor and sweep
+FACTOR_STEPS = 3  # of conjugate gradients per factor and sweep
 RIDGE = 1e-6  # damping of the output factor: terms of CP are nearly dependent
-ROUGH = 60  # sweeps of the fit of the whitened kernel, which only begins
+ROUGH = 60  # sweeps of the fit of the whitened kernel, which is only a start
 ANCHORS = 6
 CURVE_SWEEPS, CURVE_WORK = 2, 2e9  # sweeps in the metric at each rank of a curve, and multiply-adds for them
 SHORT = 30  # sweeps of a fit for the curve of errors
@@ -50,8 +50,8 @@ def metric_cp(
 ) -> CP:
     """Write a kernel as a sum of rank-one terms, at the least error of the outputs of the layer.
 
-    Minimises `trace(G D C D^T)`, D being the difference as a matrix (out, product of the other dims). Begins from the
-    better of two fits by `cp`: of the kernel, and of the kernel multiplied in every mode by the root of its
+    Minimises `trace(G D C D^T)`, D being the difference as a matrix (out, product of the other dims). It starts from
+    the better of two fits by `cp`: of the kernel, and of the kernel multiplied in every mode by the root of its
     marginal second moment. Sweeps then solve for the output factor exactly and for the others by conjugate gradients,
     as many as their cost of `rank * columns^2` per step allows within `WORK` multiply-adds; beyond that the output
     factor alone is solved for. The error in the metric never rises. Computes in float64.
@@ -61,7 +61,7 @@ def metric_cp(
         rank: number of terms, up to the product of all dims but the largest.
         second_moment: C, over all modes but the first, in their order.
         rows: the diagonal of G, (out,).
-        iterations: sweeps at most.
+        iterations: the maximum number of sweeps.
         tolerance: the sweeps end when one lowers the error by less than this share of it.
         seed: of the random starts of `cp`.
 
@@ -106,15 +106,15 @@ def metric_cp_errors(
 
     At each of a few ranks in geometric progression: a short fit of the kernel multiplied by the roots of its marginal
     second moments, begun from the one below, the best output factor for it in the metric, and where they take at most
-    `CURVE_WORK` multiply-adds two sweeps over all factors. `metric_cp` goes on from about there and reaches a little
-    less, or up to a third less where no sweep was affordable. In between the curve is interpolated monotonically.
+    `CURVE_WORK` multiply-adds two sweeps over all factors. `metric_cp` continues from roughly there and ends a little
+    lower, or up to a third lower where no sweep was affordable. In between the curve is interpolated monotonically.
 
     Args:
         tensor: as in `metric_cp`.
         ranks: the ranks asked for, in any order.
         second_moment: as in `metric_cp`.
         rows: as in `metric_cp`.
-        anchors: number of fits at most.
+        anchors: the maximum number of fits.
         seed: of the random starts of the first fit.
         dtype: to compute in.
 
@@ -203,14 +203,14 @@ class _Form:
         return _Fit(list(inner), out, quadratic_error(self.target, out, normal, wanted))
 
     def swept(self, best: _Fit, iterations: int, tolerance: float, work: float) -> tuple[_Fit, tuple[float, ...], bool]:
-        """Return a fit after sweeps over its factors, as many as fit into the work; its errors, and if it settled."""
+        """Return a fit after as many sweeps as fit into `work`, its errors, and whether it settled."""
         step = best.out.shape[1] * self.target.moment.numel()
-        affordable = int(work // (step * (STEPS + 2) * len(self.dims)))
+        affordable = int(work // (step * (FACTOR_STEPS + 2) * len(self.dims)))
 
         def improve() -> float:
             nonlocal best
             for mode in range(len(best.inner) - 1, -1, -1):
-                fresh = improved(self.target, best.out, best.inner[mode], self.factor(best, mode), STEPS)
+                fresh = improved(self.target, best.out, best.inner[mode], self.factor(best, mode), FACTOR_STEPS)
                 inner = [*best.inner[:mode], fresh, *best.inner[mode + 1 :]]
                 best = min(best, self.fitted(inner, best.out), key=_error_of)
             return best.error

@@ -55,7 +55,7 @@ def nested(tensor: Tensor, rank: int, seed: int = 0) -> Terms:
     longest mode are left: mutually orthogonal rank-one terms, at most the product of all dims but the
     longest, which together are the tensor. (Batselier, Liu and Wong 2015, "TTr1SVD".)
     """
-    del seed  # nothing random here; every start has one signature
+    del seed  # nothing is random here, but all starts have one signature
     modes = sorted(range(tensor.ndim), key=lambda k: -tensor.shape[k])
     modes = [*modes[1:], modes[0]]
     slices = tensor.permute(modes).unsqueeze(0)  # (terms, dims of the modes still to be split)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-LEAST = 1e-9  # an estimate below this says nothing about a ratio
+MEASURED = 3  # ranks at which an estimated curve is measured
+LEAST = 1e-9  # estimates below this give no meaningful ratio
 
 
 def spread_over(errors: Sequence[float], count: int) -> list[int]:
-    """Return the positions of at most `count` errors from the smallest to the largest, evenly along their order."""
+    """Return the positions of at most `count` errors, evenly spaced in their order from smallest to largest."""
     order = np.argsort(errors, kind="stable")
     return [int(order[k]) for k in np.unique(np.linspace(0, len(order) - 1, count).round().astype(int))]
 
@@ -45,7 +46,7 @@ def monotone_curve(known: Sequence[int], errors: Sequence[float], ranks: Sequenc
 
     Args:
         known: ascending ranks.
-        errors: relative errors there; one above that of a lower rank counts as that.
+        errors: relative errors there; an error above that of a lower rank is lowered to it.
         ranks: the ranks asked for, none above the last known one.
 
     Returns:

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rankfold._common import Float
+from rankfold._common import Float, check_dense
 from rankfold.decompose._unfold import relative, working_copy
 from rankfold.errors import DecompositionError
 
-ASYMMETRY = 1e-4  # share of the largest entry by which a moment may miss its transpose
-INDEFINITE = 1e-5  # share of the largest eigenvalue that a negative one may have
-SOFTENING = 1e-4  # share of the mean diagonal that is added to what only has to be close and needs an inverse
-LEAST_ROW = 1e-8  # share of the mean weight of an output that every output gets: its inverse root is needed
+ASYMMETRY = 1e-4  # share of the largest entry by which a second moment may differ from its transpose
+INDEFINITE = 1e-5  # how negative an eigenvalue may be, as a share of the largest
+SOFTENING = 1e-4  # share of the mean diagonal added where an inverse is needed and closeness is enough
+LEAST_ROW = 1e-8  # share of the mean weight that every output gets at least, because inverse roots are needed
 
 
 def metric_error(matrix: Tensor, approximation: Tensor, second_moment: Tensor, rows: Tensor | None = None) -> float:
@@ -36,7 +36,7 @@ def metric_error(matrix: Tensor, approximation: Tensor, second_moment: Tensor, r
         The error; 0 where the matrix itself gives no output in the metric.
 
     Raises:
-        DecompositionError: shapes that do not fit, NaN or Inf entries, a moment that is no second moment.
+        DecompositionError: shapes that do not fit, NaN or Inf entries, a matrix that is not a second moment.
 
     Example:
         >>> import torch
@@ -44,7 +44,8 @@ def metric_error(matrix: Tensor, approximation: Tensor, second_moment: Tensor, r
         >>> round(metric_error(w, torch.tensor([[0.0, 0.0], [0.0, 1.0]]), x.T @ x / 2), 6)
         0.447214
     """
-    work = working_copy(matrix, torch.float64, order=2)
+    work = working_copy(matrix, torch.float64, order=2, what="matrix")
+    check_dense(approximation, "approximation")
     if approximation.shape != matrix.shape:
         shapes = f"{tuple(approximation.shape)} and {tuple(matrix.shape)}"
         raise DecompositionError(f"an approximation and its matrix have one shape, not {shapes}")
@@ -70,7 +71,8 @@ def check_metric(matrix: Tensor, second_moment: Tensor | None, rows: Tensor | No
 
 
 def check_moment(moment: Tensor, work: Float[Tensor, "m n"]) -> tuple[Float[Tensor, "n n"], float]:
-    """Return a second moment for the columns of `work`, of largest entry 1, and what it was divided by."""
+    """Return the second moment for the columns of `work`, scaled to a largest entry of 1, and the scale."""
+    check_dense(moment, "second_moment")
     n = work.shape[1]
     if tuple(moment.shape) != (n, n):
         raise DecompositionError(f"the second moment of {n} inputs is ({n}, {n}), not {tuple(moment.shape)}")
@@ -87,7 +89,7 @@ def check_moment(moment: Tensor, work: Float[Tensor, "m n"]) -> tuple[Float[Tens
 
 
 def check_definite(values: Float[Tensor, " n"]) -> None:
-    """Raise a DecompositionError where one of the ascending eigenvalues is negative, beyond rounding."""
+    """Raise a DecompositionError if any of the values is negative beyond rounding."""
     if float(values.min()) < -INDEFINITE * float(values.max().abs()):
         least = f"least eigenvalue {float(values.min()):.3g} of largest {float(values.max()):.3g}"
         raise DecompositionError(f"the second moment is not positive semi-definite: {least}")
@@ -97,6 +99,7 @@ def check_rows(rows: Tensor | None, work: Float[Tensor, "m n"]) -> Float[Tensor,
     """Return the weights of the outputs in the dtype and on the device of `work`."""
     if rows is None:
         return None
+    check_dense(rows, "rows")
     if tuple(rows.shape) != (work.shape[0],):
         raise DecompositionError(f"{work.shape[0]} outputs have as many weights, not those of {tuple(rows.shape)}")
     weights = working_copy(rows, torch.promote_types(work.dtype, torch.float32), least=1).to(work.device)
@@ -106,7 +109,7 @@ def check_rows(rows: Tensor | None, work: Float[Tensor, "m n"]) -> Float[Tensor,
 
 
 def row_roots(rows: Tensor | None, work: Float[Tensor, "m n"]) -> Float[Tensor, "m 1"] | None:
-    """Return `G^(1/2)` as a column, of mean square 1 but for the least weight that every output gets."""
+    """Return `G^(1/2)` as a column, scaled to mean square 1 before small weights are raised to the least one."""
     weights = check_rows(rows, work)
     if weights is None:
         return None
@@ -131,9 +134,9 @@ def symmetric_root(moment: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 
 
 def soft_marginals(moment: Float[Tensor, "n n"], dims: Sequence[int]) -> tuple[Tensor, ...]:
-    """Return the second moment of each mode of the inputs, summed over the others; their Kronecker product is near C.
+    """Return the second moment of each input mode, summed over the others; their Kronecker product approximates C.
 
-    All but the first have trace 1. `SOFTENING` of the mean diagonal is added to each, so that each has an inverse.
+    All but the first have trace 1. `SOFTENING` of the mean diagonal is added to each to make it invertible.
     """
     found = []
     for mode, dim in enumerate(dims):
@@ -152,7 +155,7 @@ def metric_spectrum(
 ) -> Float[Tensor, " values"]:
     """Return all singular values of `G^(1/2) W C^(1/2)`, descending, from one eigendecomposition of the shorter side.
 
-    Their squares are resolved to rounding of the largest one: a tail below 1e-8 of the norm is rounding.
+    Their squares are accurate to the rounding of the largest one, so a tail below 1e-8 of the norm is only rounding.
     """
     moment, scale = check_moment(second_moment, matrix)
     weights = check_rows(rows, matrix)

@@ -6,12 +6,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from rankfold._common import Float, whole
+from rankfold._common import Float, Rank, whole
 from rankfold.decompose._factors import TR
 from rankfold.decompose._svd import svd
 from rankfold.decompose._tt import tensor_train
@@ -27,12 +26,10 @@ from rankfold.decompose._unfold import (
 )
 from rankfold.errors import DecompositionError
 
-Rank: TypeAlias = int | tuple[int, ...]
-
 EXACT = 1e-7
-"""Errors below this are not refined: normal equations have half the digits."""
+"""Errors below this are not refined: normal equations only have half the digits."""
 RIDGE = 1e-12
-"""Share of the mean diagonal that is added to normal equations, so that bonds that nothing fills do no harm."""
+"""Share of the mean diagonal that is added to normal equations, so that unused bonds do no harm."""
 
 
 def tensor_ring(
@@ -49,15 +46,15 @@ def tensor_ring(
     rank of the first unfolding is split into the bonds on both sides of the first core, the rest is decomposed by
     TT-SVD; then each core in turn is replaced by the least-squares optimum for the others, which lowers
     `||X - X^||_F` in every step. There is no best ring of a rank in general, and the result depends on the order of the
-    modes: where the error matters more than the form, compare with `tensor_train` at equal parameters.
+    modes: if the error matters more than the form, compare with `tensor_train` at equal parameters.
 
     Args:
         tensor: order >= 2, any float dtype.
         rank: a cap for every bond, clipped to what each can have; or one per bond, first the one that closes the ring.
             None gives bonds that cut nothing.
-        iterations: the most sweeps of alternating least squares; 0 returns the TR-SVD.
+        iterations: the maximum number of sweeps of alternating least squares; 0 returns the TR-SVD.
         tolerance: stop when a sweep lowers the error by less than this share of it.
-        dtype: what to compute in, torch.float64 or torch.float32.
+        dtype: to compute in, torch.float64 or torch.float32.
 
     Returns:
         The cores in the tensor's dtype, their norms equal, with the error.
@@ -114,7 +111,7 @@ def ring_bonds(shape: Sequence[int], rank: Rank | None) -> tuple[int, ...]:
 
 
 def _clipped(shape: Sequence[int], cap: int | None) -> tuple[int, ...]:
-    """The bonds under a cap, none larger than what is possible at it."""
+    """Return the bonds under a cap, none larger than possible."""
     first, rest = shape[0], math.prod(shape[1:])
     whole = min(first, rest)
     ring = math.isqrt(whole)
@@ -128,7 +125,7 @@ def _clipped(shape: Sequence[int], cap: int | None) -> tuple[int, ...]:
 
 
 def _ring_svd(work: Tensor, bonds: tuple[int, ...]) -> TR:
-    """TR-SVD: the first unfolding by SVD, its rank split in two bonds, the rest by TT-SVD."""
+    """Return the TR-SVD: the first unfolding by SVD, its rank split in two bonds, the rest by TT-SVD."""
     ring, bond, *inner = bonds
     rows = work.flatten(1)
     found = svd(rows, min(ring * bond, *rows.shape), dtype=work.dtype)
@@ -146,7 +143,7 @@ def _ring_svd(work: Tensor, bonds: tuple[int, ...]) -> TR:
 
 
 def _refined(work: Tensor, start: TR, iterations: int, tolerance: float) -> TR:
-    """Sweeps of alternating least squares; `start` where they find nothing better."""
+    """Return the ring after sweeps of alternating least squares, or `start` if they find nothing better."""
     cores, total = list(start.cores), squared_norm(work)
     error, done, converged = start.error, 0, False
     while done < iterations and not converged:
@@ -160,7 +157,7 @@ def _refined(work: Tensor, start: TR, iterations: int, tolerance: float) -> TR:
 
 
 def _least_squares(work: Tensor, cores: Sequence[Tensor], mode: int) -> tuple[Tensor, float]:
-    """The best core of one mode for the others as they are, and the squared norm that the ring then explains."""
+    """Return the best core of one mode with the others fixed, and the squared norm that the ring then explains."""
     others = [*cores[mode + 1 :], *cores[:mode]]
     turned = work.permute([*range(mode, work.ndim), *range(mode)]).flatten(1)  # n, n of the others
     sides = _projected(turned, others)  # n, right bond, left bond
@@ -175,7 +172,7 @@ def _least_squares(work: Tensor, cores: Sequence[Tensor], mode: int) -> tuple[Te
 
 
 def _projected(turned: Float[Tensor, "n rest"], others: Sequence[Tensor]) -> Float[Tensor, "n right left"]:
-    """`sum_j X[i, j] S[b, j, a]` with the open chain S of the other cores, the longer half of them first."""
+    """Return `sum_j X[i, j] S[b, j, a]` with the open chain S of the other cores, the longer half of them first."""
     half = len(others) // 2
     near, far = _joined(others[:half]) if half else None, _joined(others[half:])
     middle, size, left = far.shape
@@ -187,7 +184,7 @@ def _projected(turned: Float[Tensor, "n rest"], others: Sequence[Tensor]) -> Flo
 
 
 def _joined(cores: Sequence[Tensor]) -> Float[Tensor, "r n s"]:
-    """Neighbouring cores as one."""
+    """Return neighbouring cores as one."""
     whole = cores[0]
     for core in cores[1:]:
         whole = (whole.flatten(0, 1) @ core.flatten(1)).reshape(whole.shape[0], -1, core.shape[2])
@@ -195,7 +192,7 @@ def _joined(cores: Sequence[Tensor]) -> Float[Tensor, "r n s"]:
 
 
 def _gram(cores: Sequence[Tensor]) -> Float[Tensor, "n n"]:
-    """The Gram matrix of an open chain over its two ends, `(right left, right left)` as `_projected` orders them."""
+    """Return the Gram matrix of an open chain over its ends, `(right left, right left)` as in `_projected`."""
     ends = cores[0].shape[0]
     state = torch.einsum("anb,cnd->acbd", cores[0], cores[0]).flatten(0, 1)
     for core in cores[1:]:
@@ -207,7 +204,7 @@ def _gram(cores: Sequence[Tensor]) -> Float[Tensor, "n n"]:
 
 
 def _balanced(cores: Sequence[Tensor], scale: float) -> list[Tensor]:
-    """The cores with equal norms, whose product is `scale` times theirs."""
+    """Return cores of equal norms whose product is `scale` times that of the given ones."""
     norms = [float(torch.linalg.vector_norm(core)) for core in cores]
     mean = math.prod((scale ** (1 / len(norms)), *(norm ** (1 / len(norms)) for norm in norms)))
     return [core * (mean / norm if norm else 1.0) for core, norm in zip(cores, norms, strict=True)]

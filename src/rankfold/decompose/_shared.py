@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankfold._common import Float
+from rankfold._common import Float, check_dense
 from rankfold.decompose._svd import svd
 from rankfold.errors import DecompositionError
 
 
 @dataclass(frozen=True, eq=False)
 class SharedSVD:
-    """Matrices W_k as `lefts[k] @ right`, with one right factor for all.
+    """Matrices W_k as `lefts[k] @ right`, with one right factor shared by all.
 
     Attributes:
         lefts: one factor (m_k, rank) per matrix.
@@ -58,7 +58,7 @@ def shared_svd(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> SharedSVD:
-    """Approximate matrices of the same inputs by one shared right factor and a left one each.
+    """Approximate matrices that see the same inputs by a shared right factor and a left factor each.
 
     The SVD of the matrices stacked on top of each other, `[W_1; W_2; ...] = [A_1; A_2; ...] B`: of all shared bases of
     this size it has the least error, summed over the matrices, in the metric where one is given. The projections of
@@ -88,6 +88,10 @@ def shared_svd(
         >>> f.num_params, round(f.error, 6)
         (27, 0.0)
     """
+    if not isinstance(matrices, Sequence | Tensor):
+        raise DecompositionError(f"matrices must be a sequence of tensors, got {type(matrices).__name__}: pass a list")
+    for k, matrix in enumerate(matrices):
+        check_dense(matrix, f"matrices[{k}]")
     shapes = [tuple(matrix.shape) for matrix in matrices]
     if not shapes or any(len(shape) != 2 or shape[1] != shapes[0][-1] for shape in shapes):
         raise DecompositionError(f"a basis is shared by matrices with as many columns, not by those of {shapes}")

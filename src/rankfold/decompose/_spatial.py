@@ -1,4 +1,4 @@
-"""A kernel split between two groups of axes of space, in the metric of the outputs."""
+"""A kernel split between two groups of spatial axes, in the metric of the outputs."""
 # ruff: noqa: F722 (shape strings)
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from torch import Tensor
 from rankfold._common import Float
 from rankfold.decompose._alternate import (
     STEPS,
+    SWEEPS,
+    TOLERANCE,
     Inner,
     Target,
     alternate,
@@ -20,14 +22,11 @@ from rankfold.decompose._alternate import (
     quadratic_error,
     solve_left,
 )
-from rankfold.decompose._curves import calibrated, spread_over
+from rankfold.decompose._curves import MEASURED, calibrated, spread_over
 from rankfold.decompose._metric import root_of
 from rankfold.decompose._unfold import check_rank, in_dtype, relative_difference, split_axis, working_copy
 
-SWEEPS = 10
 CURVE_SWEEPS, CURVE_WORK = 2, 4e9  # sweeps at the ranks where a curve is measured, multiply-adds for them
-ANCHORS = 3  # such ranks
-TOLERANCE = 2e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,19 +76,20 @@ def separable(
     tolerance: float = TOLERANCE,
     dtype: torch.dtype = torch.float64,
 ) -> Separable:
-    """Split a kernel between its first and its second axes of space, at the least error of the outputs.
+    """Split a kernel between its first and its second spatial axes, at the least error of the outputs.
 
-    Minimises `trace(G D C D^T)`, D being the difference as a matrix (out, in * first * second). The metric is not one
-    of the matrix (out * second, in * first) that the split is a product for, so the factors are solved for in turn:
-    `left` exactly, `right` by conjugate gradients. Begins from the better of two right factors, those of the plain SVD
-    and of the SVD in the metric's closest Kronecker form; the error in the metric never rises.
+    Minimises `trace(G D C D^T)`, D being the difference as a matrix (out, in * first * second). The split is a
+    product in the matrix (out * second, in * first), but the metric does not act on its rows and columns separately.
+    The factors are therefore solved for in turn: `left` exactly, `right` by conjugate gradients. It starts from the
+    better of two right factors, that of the plain SVD and that of the SVD in the closest Kronecker form of the metric;
+    the error in the metric never rises.
 
     Args:
         kernel: (out, in, first, second), any float dtype and device.
         rank: between 1 and min(out * second, in * first).
         second_moment: C, over (in, first, second) in this order.
         rows: the diagonal of G, (out,).
-        iterations: sweeps at most.
+        iterations: the maximum number of sweeps.
         tolerance: the sweeps end when one lowers the error by less than this share of it.
         dtype: to compute in.
 
@@ -105,7 +105,7 @@ def separable(
         >>> separable(k, 2, second_moment=torch.eye(24)).error < 1e-5
         True
     """
-    work = working_copy(kernel, dtype, order=4)
+    work = working_copy(kernel, dtype, order=4, what="kernel")
     out, into, first, second = work.shape
     check_rank(rank, min(out * second, into * first))
     target = Target.of(work.flatten(1), second_moment, rows, dtype)
@@ -127,11 +127,11 @@ def separable_errors(
     rows: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> list[float]:
-    """Return about the error in the metric that `separable` reaches at each rank.
+    """Estimate the error in the metric that `separable` reaches at each rank.
 
-    The right factors of all ranks are the first rows of one matrix, so that one Cholesky gives the error of each with
-    its best left factor. At a few ranks two sweeps are done, where they take at most `CURVE_WORK` multiply-adds, and
-    what they gain is interpolated.
+    The right factors of all ranks are the first rows of one matrix, so a single Cholesky factorisation gives the error
+    of each with its best left factor. At a few ranks, two sweeps are done if they take at most `CURVE_WORK`
+    multiply-adds, and what they gain is interpolated.
 
     Args:
         kernel: as in `separable`.
@@ -153,7 +153,7 @@ def separable_errors(
         >>> e == sorted(e, reverse=True), e[-1] < 1e-3
         (True, True)
     """
-    work = working_copy(kernel, dtype, order=4)
+    work = working_copy(kernel, dtype, order=4, what="kernel")
     out, into, first, second = work.shape
     full = min(out * second, into * first)
     if not ranks:
@@ -165,7 +165,7 @@ def separable_errors(
     normal, wanted = form.equations(right)
     curve = [nested_errors(target, normal, wanted, second)[rank - 1] for rank in ranks]
     step = (STEPS + 2) * CURVE_SWEEPS * target.moment.numel()
-    places = [k for k in spread_over(curve, ANCHORS) if ranks[k] * step <= CURVE_WORK and ranks[k] < full]
+    places = [k for k in spread_over(curve, MEASURED) if ranks[k] * step <= CURVE_WORK and ranks[k] < full]
     begun = [form.fitted(right[: ranks[k]]) for k in places]
     measured = [form.swept(fit, CURVE_SWEEPS, 0.0)[2][-1] for fit in begun]
     curve = calibrated(curve, places, measured) if places else curve
@@ -201,7 +201,7 @@ class _Form:
         return cube.diagonal(dim1=1, dim2=3).sum(2)
 
     def equations(self, right: Tensor, image: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return `B C B^T` and `W C B^T` of a right factor, and use `B C` where it is known."""
+        """Return `B C B^T` and `W C B^T` of a right factor; `image` is `B C` where it is known already."""
         rank = right.shape[0]
         image = self.expand(right) if image is None else image
         sides = (image.reshape(-1, self.first_side, self.second), split_axis(self.target.image, 1, (-1, self.second)))
@@ -233,7 +233,7 @@ class _Form:
         return right, left, trace
 
     def inner(self, left: Float[Tensor, "m p"]) -> Inner:
-        """Return the right factor as an inner one."""
+        """Return the right factor as an `Inner` for the solver."""
         terms = left.shape[1] // self.second
         gram = (left.T @ left).reshape(terms, self.second, terms, self.second)
         mixed = torch.einsum("rjqk,jk->rq", gram, self.second_moment)

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from rankfold._common import Float, one_of
+from rankfold._common import Float, check_dense, one_of
 from rankfold.decompose._factors import SVD, fix_signs
 from rankfold.decompose._metric import check_definite, check_metric, check_moment, metric_spectrum, root_of, row_roots
 from rankfold.decompose._unfold import (
@@ -27,17 +27,17 @@ from rankfold.decompose._unfold import (
 )
 from rankfold.errors import DecompositionError
 
-# Share of the energy below which a difference of squared norms has lost too many digits to be an error.
+# Share of the energy below which a difference of squared norms has lost too many digits to serve as an error.
 CANCELLED = MappingProxyType({torch.float64: 1e-9, torch.float32: 1e-2})
-# An error above this is not of the making of squared singular values in that dtype: no need for a more careful method.
+# Errors above this cannot come from squaring singular values in that dtype: no more careful method is needed.
 TRUSTED = MappingProxyType({torch.float64: 3e-5, torch.float32: 3e-3})
-# The least tolerance for a method working on squared singular values.
+# The least tolerance that a method working on squared singular values can resolve.
 RESOLVED = MappingProxyType({torch.float64: 1e-6, torch.float32: 1e-2})
-# Ratios of squared singular values down to which a Gram matrix in float64 gives orthogonal vectors, and good values.
+# Ratios of squared singular values down to which a float64 Gram matrix gives orthogonal vectors, and accurate values.
 CLEAN_VECTORS, CLEAN_VALUES = 1e-6, 1e-10
-# The Krylov basis of a given rank grows until one more block lowers the error by less than this share of it.
+# For a given rank, the Krylov basis grows until one more block lowers the error by less than this share of it.
 GAIN = 2e-3
-# A randomised decomposition pays where the smaller side is at least this large, and the rank at most this share of it.
+# A randomised decomposition pays off if the smaller side is at least this large and the rank at most this share of it.
 LARGE, SHARE = 1024, 0.2
 EPS = torch.finfo(torch.float64).eps
 
@@ -55,7 +55,7 @@ class _Target:
         """Return the rank: as given, or the smallest with an allowed tail (`total`, or their sum, less the first)."""
         if self.rank is not None:
             return self.rank
-        # Summed from the end, so that small tails keep their digits; what the values do not hold comes on top.
+        # Summed from the end, so that small tails keep their digits; energy outside the values is added.
         tails = energies.clamp_min(0).flip(0).cumsum(0).flip(0)
         total = max(total, float(tails[0]))
         noise = (eps * len(energies)) ** 2 * total
@@ -82,9 +82,9 @@ def svd(  # noqa: PLR0913 (one keyword per choice of the target and the metric)
     Minimises `||W - W'||_F` over the matrices W' of the rank; the squared error is the tail `sum_{i > r} s_i^2`.
     With the second moment `C = E[x x^T]` of the inputs it minimises the error of the outputs,
     `E ||(W - W') x||^2 = ||(W - W') C^(1/2)||_F^2`, by the projection `W' = U_r U_r^T W` on the leading
-    eigenvectors of `W C W^T`: no inverse, so that a singular C will do. With weights G of the outputs it is
-    `W' = G^(-1/2) U_r U_r^T G^(1/2) W` on those of `G^(1/2) W C W^T G^(1/2)`. At full rank W' is W. `error` stays the
-    plain relative Frobenius error; that in the metric is `metric_error`'s.
+    eigenvectors of `W C W^T`. No inverse is needed, so C may be singular. With weights G of the outputs it is
+    `W' = G^(-1/2) U_r U_r^T G^(1/2) W` on those of `G^(1/2) W C W^T G^(1/2)`. At full rank W' is W. `error` is still
+    the plain relative Frobenius error; `metric_error` gives that in the metric.
 
     Args:
         matrix: (m, n), any float dtype and device.
@@ -166,7 +166,7 @@ def singular_values(
         >>> singular_values(torch.tensor([[0.0, 2.0], [3.0, 0.0]]))
         tensor([3., 2.], dtype=torch.float64)
     """
-    work = working_copy(matrix, dtype, order=2)
+    work = working_copy(matrix, dtype, order=2, what="matrix")
     check_metric(work, second_moment, rows)
     if second_moment is not None:
         return metric_spectrum(work, second_moment, rows).to(dtype)
@@ -186,6 +186,7 @@ def _scaled(work: Tensor) -> tuple[Tensor, float]:
 
 def _check(matrix: Tensor, method: str) -> int:
     one_of("method", method, ("auto", *METHODS), error=DecompositionError)
+    check_dense(matrix, "matrix")
     if matrix.ndim != 2 or matrix.numel() == 0:
         hint = ": loop over the batch, or unfold the tensor" if matrix.ndim > 2 else ""
         raise DecompositionError(f"svd takes a matrix, not a tensor of shape {tuple(matrix.shape)}{hint}")
@@ -215,12 +216,12 @@ def _precisions(name: str, target: _Target, given: torch.dtype, asked: torch.dty
 
 
 def _first_trusted(matrix: Tensor, attempts: list[tuple[str, torch.dtype]], target: _Target, seed: int) -> SVD:
-    """Return the first result whose error is well above the rounding errors of how it was found, or the last one."""
+    """Return the first result whose error is well above the rounding of its method, or else the last one."""
     given_up = None
     for name, dtype in attempts:
         if name == given_up:
             continue
-        work = working_copy(matrix, dtype, order=2)
+        work = working_copy(matrix, dtype, order=2, what="matrix")
         triplets = METHODS[name](work, target, seed)
         if triplets is None:
             given_up = name
@@ -235,7 +236,7 @@ def _result(work: Tensor, triplets: Triplets, name: str, dtype: torch.dtype) -> 
     """Measure the error, fix the signs and return the factors in the dtype of the input."""
     u, s, vh = triplets
     total = squared_norm(work)
-    tail = total - float(s.double().square().sum())  # also for a projection that is not the optimal one
+    tail = total - float(s.double().square().sum())  # holds for a projection that is not optimal, too
     cancelled = s.shape[0] == min(work.shape) or tail <= CANCELLED[work.dtype] * total
     error = relative_difference(work.to(u.dtype), (u * s) @ vh) if cancelled else relative(tail, total)
     u, vh = fix_signs(u, vh)
@@ -258,7 +259,7 @@ def _gram(work: Float[Tensor, "m n"], target: _Target, seed: int) -> Triplets:  
     values = values.double()
     rank = target.choose(values.flip(0))
     left = vectors[:, -rank:].double()
-    if rows.dtype != torch.float64:  # orthonormal to float32 only: one Newton-Schulz step squares that error
+    if rows.dtype != torch.float64:  # orthonormal only to float32: one Newton-Schulz step squares that error
         left = 1.5 * left - 0.5 * left @ (left.T @ left)
     u, s, vh = _triplets(left, left.T.to(rows.dtype) @ rows)
     return (vh.T, s * scale, u.T) if tall else (u, s * scale, vh)
@@ -267,7 +268,7 @@ def _gram(work: Float[Tensor, "m n"], target: _Target, seed: int) -> Triplets:  
 def _randomised(work: Float[Tensor, "m n"], target: _Target, seed: int) -> Triplets | None:
     """Project on the leading Ritz vectors of a block Krylov basis, grown as far as the target needs.
 
-    Returns None where a tolerance takes too many vectors to pay, or where the basis ends before the rank.
+    Returns None if a tolerance takes too many vectors to pay off, or if the basis ends before the rank is reached.
     """
     work, scale = _scaled(work)
     total, rank = squared_norm(work), 0
@@ -292,7 +293,7 @@ def _randomised(work: Float[Tensor, "m n"], target: _Target, seed: int) -> Tripl
 
 
 def _block(target: _Target) -> int:
-    """Return the width of a Krylov block: narrow ones reach further with the same basis, wide ones multiply faster."""
+    """Return the width of a Krylov block: narrow ones get further with the same basis, wide ones multiply faster."""
     return 64 if target.rank is None else min(128, max(16, -(-target.rank // 64) * 16))
 
 
@@ -305,8 +306,8 @@ def _worth_a_look(target: _Target, size: int, residual: float, total: float) -> 
 def _krylov(work: Float[Tensor, "m n"], block: int, seed: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
     """Yield a growing orthonormal basis Q (k, m) of the block Krylov space of `A A^T` on `A Omega`, and `Q A` (k, n).
 
-    The image of a block is both the next power and its part of the projected matrix: two products a block. Vectors
-    are rows, which multiplies fastest. Ends where the space is invariant: the rest of the range is rounding.
+    The image of a block serves both for the next power and for the projected matrix, so a block takes two products.
+    Vectors are stored as rows, which multiply fastest. It ends when the space is invariant: the rest is rounding.
     """
     m, n = work.shape
     generator = torch.Generator().manual_seed(seed)
@@ -314,7 +315,7 @@ def _krylov(work: Float[Tensor, "m n"], block: int, seed: int) -> Iterator[tuple
     basis, image, size = work.new_empty(8 * block, m), work.new_empty(8 * block, n), 0
     while size < min(m, n):
         fresh = fresh[: min(m, n) - size]
-        for _ in range(2):  # once leaves rounding errors of the projected part, twice does not
+        for _ in range(2):  # once leaves rounding errors in the span of the basis, twice does not
             length = torch.linalg.vector_norm(fresh)
             fresh = fresh - (fresh @ basis[:size].T) @ basis[:size]
             if torch.linalg.vector_norm(fresh) <= 10 * torch.finfo(work.dtype).eps * length:
@@ -346,7 +347,7 @@ def _in_metric(  # noqa: PLR0913 (the arguments of `svd`, checked)
     matrix: Tensor, moment: Tensor, rows: Tensor | None, target: _Target, method: str, dtype: torch.dtype
 ) -> SVD:
     """Return the rank-r matrix closest in the metric of a second moment and of weights of the outputs."""
-    work = working_copy(matrix, dtype, order=2)
+    work = working_copy(matrix, dtype, order=2, what="matrix")
     moment, _ = check_moment(moment, work)
     if method == "randomised":
         raise DecompositionError("method 'randomised' takes no second moment: use 'auto', 'gram' or 'exact'")

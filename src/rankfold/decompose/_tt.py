@@ -11,7 +11,7 @@ from typing import TypeAlias, overload
 import torch
 from torch import Tensor
 
-from rankfold._common import Float
+from rankfold._common import Float, Rank, check_dense
 from rankfold.decompose._factors import TT, TTMatrix
 from rankfold.decompose._svd import singular_values
 from rankfold.decompose._tt_cores import inner, orthogonalise_from_right, unpaired
@@ -19,7 +19,6 @@ from rankfold.decompose._tt_shapes import bonds, pair_modes
 from rankfold.decompose._unfold import check_tolerance, relative, squared_norm, working_copy
 from rankfold.errors import DecompositionError
 
-Rank: TypeAlias = int | tuple[int, ...]
 Basis: TypeAlias = tuple[Tensor, float]
 
 GRAM_MARGIN = 1e3
@@ -51,8 +50,8 @@ def tensor_train(
         rank: a cap for every bond, clipped to what is possible at each; or one per bond. None keeps all.
         tolerance: relative error to stay within instead: the smallest ranks with
             `||X - X^|| <= tolerance ||X||`, each bond getting an equal share of what is not yet used.
-        dtype: what to compute in, torch.float64 or torch.float32. By default float64, except that a tensor given
-            in float32 or less is multiplied in float32 for as long as far more is discarded than that rounds off.
+        dtype: to compute in, torch.float64 or torch.float32. By default float64, except that a tensor given
+            in float32 or less is multiplied in float32 as long as far more is discarded than that rounds off.
 
     Returns:
         The cores in the tensor's dtype, the error, and the bound guaranteed by the discarded energy.
@@ -69,6 +68,7 @@ def tensor_train(
         >>> tensor_train(x, 2).rank, tensor_train(x, tolerance=1e-6).rank
         ((2, 2), (1, 1))
     """
+    check_dense(tensor)
     narrow = dtype is None and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
     work = working_copy(tensor, torch.float32 if narrow else dtype or torch.float64)
     total = squared_norm(work)
@@ -146,7 +146,7 @@ def tt_round(
         train: a TT or a TT-matrix.
         rank: as in `tensor_train`; None with no tolerance only removes bonds that cannot be needed.
         tolerance: relative error to stay within, against `train`.
-        dtype: what to compute in.
+        dtype: to compute in.
 
     Returns:
         The same kind, left-orthogonal but for its last core; `error` and `bound` are against `train`.
@@ -163,6 +163,10 @@ def tt_round(
         >>> tt_round(x, 2).rank
         (2, 2)
     """
+    if not isinstance(train, TT | TTMatrix):
+        raise DecompositionError(
+            f"train must be a TT or a TTMatrix, got {type(train).__name__}: make one with tensor_train or tt_matrix"
+        )
     flat = [working_copy(core, dtype).flatten(1, -2) for core in train.cores]
     rounded = _truncate_from_left(orthogonalise_from_right(flat), rank, tolerance, train.cores[0].dtype)
     return unpaired(rounded, train.out_shape, train.in_shape) if isinstance(train, TTMatrix) else rounded
@@ -177,7 +181,7 @@ def tt_roundings(tensor: Tensor, ranks: Sequence[Rank], *, dtype: torch.dtype = 
     Args:
         tensor: order >= 2.
         ranks: ranks as in `tensor_train`.
-        dtype: what to compute in.
+        dtype: to compute in.
 
     Returns:
         One train per rank, in `dtype`.
@@ -214,7 +218,7 @@ def tt_spectra(tensor: Tensor, *, dtype: torch.dtype = torch.float64) -> tuple[F
 
     Args:
         tensor: order >= 2.
-        dtype: what to compute in.
+        dtype: to compute in.
 
     Returns:
         One vector per bond, of the length of the largest rank there.
@@ -235,7 +239,7 @@ def tt_spectra(tensor: Tensor, *, dtype: torch.dtype = torch.float64) -> tuple[F
 def _target(
     shape: Sequence[int], rank: Rank | None, tolerance: float | None, total: float
 ) -> tuple[tuple[int, ...], float | None]:
-    """The cap of every bond, and the squared error that may be discarded below the caps."""
+    """Return the cap of every bond, and the squared error that may be discarded below the caps."""
     if rank is not None and tolerance is not None:
         raise DecompositionError("give a tensor train either a rank or a tolerance, not both")
     budget = None if tolerance is None else check_tolerance(tolerance) ** 2 * total
@@ -243,14 +247,14 @@ def _target(
 
 
 def _share(budget: float | None, lost: list[float], count: int) -> float | None:
-    """What the next bond may discard: an equal share of what the bonds before it have left over."""
+    """Return what the next bond may discard: an equal share of what the bonds before it left over."""
     return None if budget is None else max(budget - sum(lost), 0.0) / (count - len(lost))
 
 
 def _split_ends(
     work: Tensor, caps: tuple[int, ...], budget: float | None, dtype: torch.dtype
 ) -> tuple[list[Tensor], list[float]]:
-    """TT-SVD from both ends: always the end whose unfolding has the smaller side."""
+    """Return cores from a TT-SVD from both ends, always at the end whose unfolding has the smaller side."""
     shape = list(work.shape)
     left: list[Tensor] = []
     right: list[Tensor] = []
@@ -277,11 +281,12 @@ def _split_ends(
 
 
 def _leading(matrix: Float[Tensor, "m n"], cap: int, allowed: float | None, dtype: torch.dtype) -> Basis | None:
-    """An orthonormal basis of the leading left singular vectors, and the squared norm outside of it.
+    """Return an orthonormal basis of the leading left singular vectors, and the squared norm outside it.
 
     `cap` vectors, or fewer where these leave at most `allowed` outside. A Gram matrix has errors of eps times its
-    trace, so it serves where the discarded energy is well above them. Where not, a matrix of less precision than
-    `dtype` gives None, to be asked again in `dtype`, and then the SVD decides. With nothing left out any basis does.
+    trace, so it is good enough if the discarded energy is well above them. If it is not, a matrix of less precision
+    than `dtype` gives None, so that the caller tries again in `dtype`, where the SVD decides. If nothing is left out,
+    any basis will do.
     """
     rows, columns = matrix.shape
     lossless = cap >= min(rows, columns) and allowed is None
@@ -318,7 +323,7 @@ def _from_gram(gram: Float[Tensor, "n n"], cap: int, allowed: float | None) -> B
 
 
 def _krylov_eigenvectors(gram: Float[Tensor, "n n"], count: int) -> Basis | None:
-    """The leading eigenvectors of a large Gram matrix from a block Krylov basis, None where it converges slowly.
+    """Return the leading eigenvectors of a large Gram matrix by a block Krylov basis; None if it converges slowly.
 
     An eigenvalue lies within its residual of a Ritz value, so the energy that the Ritz vectors miss is at most the
     sum of the residuals: they are accepted where that is a small share of the discarded energy.
@@ -330,7 +335,7 @@ def _krylov_eigenvectors(gram: Float[Tensor, "n n"], count: int) -> Basis | None
     trace = float(gram.trace())
     while basis.shape[1] + block <= n // 3:
         fresh = image[:, -block:]
-        for _ in range(2):  # once leaves rounding errors of the projected part, twice does not
+        for _ in range(2):  # once leaves rounding errors in the span of the basis, twice does not
             fresh = torch.linalg.qr(fresh - basis @ (basis.T @ fresh)).Q
         basis, image = torch.cat([basis, fresh], 1), torch.cat([image, gram @ fresh], 1)
         values, turn = torch.linalg.eigh(basis.T @ image)
@@ -344,7 +349,7 @@ def _krylov_eigenvectors(gram: Float[Tensor, "n n"], count: int) -> Basis | None
 
 
 def _cut(energies: Float[Tensor, " n"], cap: int, allowed: float | None) -> tuple[int, float]:
-    """How many of the descending energies to keep (>= 1), and the sum of the others."""
+    """Return how many of the descending energies to keep (>= 1), and the sum of the others."""
     tails = energies.double().flip(0).cumsum(0).flip(0)  # tails[k]: discarded when k are kept
     keep = min(cap, len(tails))
     if allowed is not None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankfold._common import Float
-from rankfold.decompose._alternate import Inner, damped_cholesky, solve_inner
-from rankfold.decompose._curves import calibrated, spread_over
+from rankfold._common import Float, Rank, check_dense
+from rankfold.decompose._alternate import TOLERANCE, Inner, damped_cholesky, solve_inner
+from rankfold.decompose._curves import MEASURED, calibrated, spread_over
 from rankfold.decompose._factors import TTMatrix
 from rankfold.decompose._metric import (
     SOFTENING,
@@ -22,18 +22,16 @@ from rankfold.decompose._metric import (
     soft_marginals,
     symmetric_root,
 )
-from rankfold.decompose._tt import Rank, tt_matrix, tt_roundings
+from rankfold.decompose._tt import tt_matrix, tt_roundings
 from rankfold.decompose._tt_cores import unpaired
 from rankfold.decompose._tt_shapes import pair_modes
 from rankfold.decompose._unfold import in_dtype, relative, relative_difference, split_axis, working_copy
 from rankfold.errors import DecompositionError
 
-SWEEPS = 6
-TOLERANCE = 2e-3
+CORE_SWEEPS = 6
 WORK = 5e10  # multiply-adds that the solves may take: about five seconds of one core
-STEPS = 3  # of conjugate gradients per core
+CORE_STEPS = 3  # of conjugate gradients per core
 CURVE_SWEEPS, CURVE_WORK = 1, 1e9  # sweeps at each of the ranks where a curve is measured, multiply-adds for them
-ANCHORS = 3  # ranks at which the curve of errors is measured in the metric itself
 
 
 def metric_tt_matrix(
@@ -44,7 +42,7 @@ def metric_tt_matrix(
     *,
     second_moment: Tensor,
     rows: Tensor | None = None,
-    iterations: int = SWEEPS,
+    iterations: int = CORE_SWEEPS,
 ) -> TTMatrix:
     """Return a matrix as a tensor train over paired modes, at the least error of the outputs of the layer.
 
@@ -55,12 +53,12 @@ def metric_tt_matrix(
 
     Args:
         matrix: (out, in), with as many columns as `in_shape` has and at most as many rows as `out_shape`.
-        out_shape: dims of the rows; where their product is larger, what the train has there is left free.
+        out_shape: dims of the rows; where their product is larger, the train is free there.
         in_shape: as many dims of the columns.
         rank: as in `tensor_train`.
         second_moment: C, (in, in), or (groups, in, in) where groups of rows see inputs of their own.
         rows: the diagonal of G, (out,), weights of the outputs.
-        iterations: sweeps at most; they end when one lowers the error by less than `TOLERANCE` of it.
+        iterations: the maximum number of sweeps; they end when one lowers the error by less than `TOLERANCE` of it.
 
     Returns:
         Cores (r, out_k, in_k, r'); `error` is the plain one, `trace` has those in the metric.
@@ -74,7 +72,7 @@ def metric_tt_matrix(
         >>> f.rank, f.trace == tuple(sorted(f.trace, reverse=True))
         ((1,), True)
     """
-    work = working_copy(matrix, torch.float64, order=2)
+    work = working_copy(matrix, torch.float64, order=2, what="matrix")
     form = _Form.of(work, second_moment, rows, tuple(out_shape), tuple(in_shape))
     plain = list(tt_matrix(work, out_shape, in_shape, rank).cores)
     white = form.coloured(tt_matrix(form.whitened(), out_shape, in_shape, rank).cores)
@@ -120,11 +118,11 @@ def metric_tt_errors(
         >>> e == sorted(e, reverse=True), e[-1] < 1e-6
         (True, True)
     """
-    work = working_copy(matrix, torch.float64, order=2)
+    work = working_copy(matrix, torch.float64, order=2, what="matrix")
     form = _Form.of(work, second_moment, rows, tuple(out_shape), tuple(in_shape))
     found = tt_roundings(pair_modes(form.whitened(), out_shape, in_shape), ranks)
     white = [train.error for train in found]
-    places = spread_over(white, ANCHORS)
+    places = spread_over(white, MEASURED)
     begun = [form.coloured(unpaired(found[k], out_shape, in_shape).cores) for k in places]
     measured = [form.swept(cores, CURVE_SWEEPS, CURVE_WORK)[1][-1] for cores in begun]
     return calibrated(white, places, measured)
@@ -155,6 +153,7 @@ class _Form:
     ) -> _Form:
         if math.prod(in_shape) != work.shape[1]:
             raise DecompositionError(f"in_shape {in_shape} does not have the product {work.shape[1]}")
+        check_dense(second_moment, "second_moment")
         given = second_moment if second_moment.ndim == 3 else second_moment[None]
         if len(work) % len(given):
             raise DecompositionError(f"{len(given)} groups do not divide {len(work)} outputs")
@@ -191,10 +190,10 @@ class _Form:
         return relative(float((self.weights * _by_groups(lost, self.moments) * lost).sum()), self.total)
 
     def swept(self, best: list[Tensor], iterations: int, work: float) -> tuple[list[Tensor], tuple[float, ...]]:
-        """Return cores after sweeps, as many solves as fit into the work, and the errors after each."""
+        """Return cores after as many solves as fit into `work`, and the error after each."""
         trace, step = [self.error(best)], self.matrix.numel() * self.matrix.shape[1]
         order = [*range(len(best)), *range(len(best) - 2, 0, -1)]
-        for count in range(min(int(work // (step * (STEPS + 2))), iterations * len(order))):
+        for count in range(min(int(work // (step * (CORE_STEPS + 2))), iterations * len(order))):
             fresh = self.solved(best, order[count % len(order)])
             error = self.error(fresh)
             best, error = (fresh, error) if error < trace[-1] else (best, trace[-1])
@@ -223,7 +222,9 @@ class _Form:
             return (half @ after.T).reshape(cores[place].shape)
 
         inner = Inner(expand, collect, self._preconditioner(cores, place))
-        fresh = solve_inner(lambda rows: self.weights * rows, self.weights * self.image, cores[place], inner, STEPS)
+        fresh = solve_inner(
+            lambda rows: self.weights * rows, self.weights * self.image, cores[place], inner, CORE_STEPS
+        )
         return [*cores[:place], fresh, *cores[place + 1 :]]
 
     def _preconditioner(self, cores: Sequence[Tensor], place: int) -> Callable[[Tensor], Tensor]:
@@ -246,7 +247,7 @@ class _Form:
 
 
 def _checked(moment: Tensor, work: Tensor) -> Float[Tensor, "into into"]:
-    """Return a second moment; one of zeros is that of a group that nothing reaches."""
+    """Return a checked second moment; it may be zero, for a group that no input reaches."""
     if moment.shape == (work.shape[1],) * 2 and not bool(moment.any()):
         return moment.to(work)
     checked, scale = check_moment(moment, work)
@@ -254,12 +255,12 @@ def _checked(moment: Tensor, work: Tensor) -> Float[Tensor, "into into"]:
 
 
 def _by_groups(matrix: Float[Tensor, "out into"], moments: Float[Tensor, "groups into into"]) -> Tensor:
-    """Return every group of rows multiplied by its second moment."""
+    """Return each group of rows times its second moment."""
     return (split_axis(matrix, 0, (len(moments), -1)) @ moments).flatten(0, 1)
 
 
 def _product(cores: Sequence[Tensor], like: Tensor) -> Float[Tensor, "left entries right"]:
-    """Return neighbouring cores multiplied, their modes merged; of none, one entry."""
+    """Return the product of neighbouring cores with their modes merged; for none, a single one."""
     if not cores:
         return like.new_ones(1, 1, 1)
     whole = cores[0].flatten(1, 2)

@@ -1,4 +1,4 @@
-"""The shapes of tensor trains: bonds, balanced factors of a size, a matrix folded to paired modes."""
+"""The shapes of tensor trains: bonds, balanced factors of a size, matrices folded to paired modes."""
 # ruff: noqa: F722 (shape strings)
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from operator import mul
 
 from torch import Tensor
 
-from rankfold._common import whole
+from rankfold._common import Rank, check_dense, whole
 from rankfold.decompose._unfold import check_rank
 from rankfold.errors import DecompositionError
 
@@ -54,7 +54,8 @@ def two_modes(matrix: Tensor, out_shape: Sequence[int], in_shape: Sequence[int])
 
 
 def _padded(matrix: Tensor, out_shape: Sequence[int], in_shape: Sequence[int]) -> Tensor:
-    """The matrix, checked, with as many rows and columns as the shapes have."""
+    """Return the matrix, checked, and padded to as many rows and columns as the shapes have."""
+    check_dense(matrix, "matrix", meta=True)
     if matrix.ndim != 2:
         raise DecompositionError(f"modes are folded from a matrix, not from a tensor of shape {tuple(matrix.shape)}")
     if len(out_shape) != len(in_shape) or not out_shape:
@@ -70,7 +71,7 @@ def _padded(matrix: Tensor, out_shape: Sequence[int], in_shape: Sequence[int]) -
     return matrix
 
 
-def bonds(shape: Sequence[int], rank: int | tuple[int, ...] | None) -> tuple[int, ...]:
+def bonds(shape: Sequence[int], rank: Rank | None) -> tuple[int, ...]:
     """Return one rank per bond of a tensor train of the given dims.
 
     An int is a cap for all bonds, clipped to the largest rank possible at each; None is the full rank.
@@ -135,7 +136,7 @@ def balanced_shape(n: int, order: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def _flattest_factors(n: int, order: int) -> tuple[int, ...]:
-    """The factorisation of n with the smallest sum, ascending."""
+    """Return the factorisation of n with the smallest sum, ascending."""
     if order == 1:
         return (n,)
     # the smallest factor is at most the order-th root

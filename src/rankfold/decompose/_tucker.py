@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rankfold._common import Float, one_of, whole
+from rankfold._common import Float, check_dense, one_of, whole
 from rankfold.decompose._factors import Tucker, fix_signs
 from rankfold.decompose._unfold import (
     check_rank,
@@ -29,11 +29,11 @@ from rankfold.decompose._unfold import (
 from rankfold.errors import DecompositionError
 
 METHODS = ("hooi", "hosvd")
-# Share of the energy below which the difference of the norms of tensor and core has lost too many digits.
+# Share of the energy below which the difference between the norms of tensor and core has lost too many digits.
 CANCELLED = 1e-2
-# An error above this is not of the making of float32.
+# Errors above this cannot come from float32.
 TRUSTED = 3e-3
-# What a sweep lowers the error by is seen in float32 down to this.
+# The smallest change of the error that float32 resolves.
 RESOLVED = 1e-6
 
 
@@ -51,15 +51,15 @@ def tucker(
 
     Starts from the sequentially truncated HOSVD, whose squared error is at most the sum of the tails of the
     unfoldings; HOOI then minimises `||X - X'||_F` over one factor at a time, by the leading eigenvectors of the Gram
-    matrix of the tensor projected on all others, found from those of the sweep before. The error never rises; the gain
-    is a few percent of it.
+    matrix of the tensor projected on all others, found from those of the previous sweep. The error never rises, and
+    usually falls by a few per cent.
 
     Args:
         tensor: order >= 2, any float dtype and device.
         rank: the core's sizes over `modes`, each between 1 and the dim of its mode; one int for all of them.
         modes: which modes to factorise, all by default. A convolution's kernel has (0, 1): its spatial modes are small.
-        method: "hooi", or "hosvd" for the start alone.
-        iterations: most HOOI sweeps.
+        method: "hooi", or "hosvd" for the starting point alone.
+        iterations: the maximum number of HOOI sweeps.
         tolerance: the sweeps end when one lowers the relative error by less than this.
         dtype: to compute in, torch.float64 or torch.float32. By default the bases are found in float32 where the error
             is far above what that resolves, else in float64; the core of a tensor in float64 is always float64's.
@@ -68,8 +68,8 @@ def tucker(
         The core and the factors in the dtype and on the device of the tensor; the error is that before rounding to it.
 
     Raises:
-        DecompositionError: a rank below 1 or above the dim of its mode, as many ranks as modes missing, repeated or
-            unknown modes, NaN or Inf entries, a vector, an unknown method.
+        DecompositionError: a rank below 1 or above the dim of its mode, another number of ranks than of modes, repeated
+            or unknown modes, NaN or Inf entries, a vector, an unknown method.
 
     Reference:
         De Lathauwer, De Moor and Vandewalle 2000 (HOSVD, HOOI); Vannieuwenhoven, Vandebril, Meerbergen 2012 (ST-HOSVD).
@@ -81,6 +81,7 @@ def tucker(
         >>> tuple(f.core.shape), f.error < 1e-5
         ((2, 2, 4), True)
     """
+    check_dense(tensor)
     narrow = dtype is None and tolerance >= RESOLVED
     work = working_copy(tensor, torch.float32 if narrow and tensor.dtype != torch.float64 else dtype or torch.float64)
     chosen = _check_modes(work, modes)
@@ -156,7 +157,7 @@ def _check_ranks(tensor: Tensor, rank: object, modes: tuple[int, ...]) -> list[i
 
 @dataclass(frozen=True, eq=False)
 class _Basis:
-    """An orthonormal basis of a mode: the directions that are kept, and the others, made only where asked for."""
+    """An orthonormal basis of a mode: the directions kept, and the others, which are computed only on request."""
 
     kept: Float[Tensor, "dim rank"]
     rest: Callable[[], Tensor]  # (dim, others)
@@ -164,7 +165,7 @@ class _Basis:
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """Bases by axis, the core that belongs to them, the sweeps done, and whether the error had settled."""
+    """Bases by axis, the matching core, the sweeps done, and whether the error had settled."""
 
     bases: dict[int, Tensor]
     core: Tensor
@@ -182,7 +183,7 @@ def _decompose(  # noqa: PLR0913 (the arguments of `tucker`, checked)
     layout = _layout(work, modes, ranks)
     arranged = work.permute(layout).contiguous()
     sizes = {layout.index(mode): rank for mode, rank in zip(modes, ranks, strict=True) if rank < work.shape[mode]}
-    if iterations and len(sizes) > 1:  # with one mode truncated, its leading eigenvectors are already the best
+    if iterations and len(sizes) > 1:  # with a single mode truncated, its leading eigenvectors are already optimal
         fit = _hooi(arranged.to(dtype), sizes, total, iterations, tolerance)
     else:
         fit = _hosvd(arranged.to(dtype), sizes)
@@ -218,10 +219,10 @@ def _leading(gram: Float[Tensor, "dim dim"], rank: int) -> tuple[_Basis, float]:
 
 
 def _turned(gram: Float[Tensor, "dim dim"], basis: _Basis) -> tuple[_Basis, float]:
-    """Turn a basis that is close to the leading eigenvectors of a Gram matrix closer to them, and return their energy.
+    """Rotate a basis near the leading eigenvectors of a Gram matrix closer to them, and return the energy captured.
 
-    Every pair of a kept and another direction is turned by its Jacobi angle, all pairs at once; the error of the
-    subspace is squared, by matrix products alone. Where that captures less than before, the eigenvectors are computed.
+    Every pair of a kept and another direction is rotated by its Jacobi angle, all at once: this squares the error of
+    the subspace using matrix products alone. If it captures less than before, the eigenvectors are computed instead.
     """
     image, rest = gram @ basis.kept, basis.rest()
     energies = (basis.kept * image).sum(0)
@@ -263,9 +264,9 @@ def _hosvd(work: Tensor, sizes: Mapping[int, int]) -> _Fit:
 
 
 def _nested(work: Tensor, sizes: Mapping[int, int]) -> tuple[dict[int, _Basis], Tensor]:
-    """Return bases, each of the tensor projected on those before, the strongest reduction first.
+    """Return bases, each of the tensor projected on those before it, the strongest reduction first.
 
-    With them the tensor projected on all but the last.
+    Also returns the tensor projected on all bases but the last.
     """
     bases: dict[int, _Basis] = {}
     for axis in sorted(sizes, key=lambda axis: sizes[axis] / work.shape[axis]):
@@ -277,7 +278,7 @@ def _nested(work: Tensor, sizes: Mapping[int, int]) -> tuple[dict[int, _Basis], 
 def _hooi(work: Tensor, sizes: Mapping[int, int], total: float, iterations: int, tolerance: float) -> _Fit:
     """Return the bases of the HOSVD improved by sweeps over the modes, each against the tensor projected on all others.
 
-    Products are freed before the next is made: memory fresh from the system costs as much as the product.
+    Each product is freed before the next is made: fresh memory from the system costs as much as the product itself.
     """
     bases, _ = _nested(work, sizes)
     last, error, projected = list(bases)[-1], math.inf, work
@@ -285,7 +286,7 @@ def _hooi(work: Tensor, sizes: Mapping[int, int], total: float, iterations: int,
         for axis, basis in bases.items():
             projected = work
             projected = _project(work, {other: found.kept for other, found in bases.items() if other != axis})
-            # the HOSVD has seen all other modes truncated in the last one only: its other bases are far off
+            # the HOSVD saw all other modes truncated only for the last basis: the other ones are far off
             far = sweep == 1 and axis != last
             gram = mode_gram(projected, axis)
             bases[axis], captured = _leading(gram, basis.kept.shape[1]) if far else _turned(gram, basis)

@@ -12,6 +12,8 @@ from torch import Tensor
 from rankfold._common import Float
 from rankfold.decompose._alternate import (
     FINE,
+    SWEEPS,
+    TOLERANCE,
     Inner,
     Target,
     alternate,
@@ -24,9 +26,6 @@ from rankfold.decompose._metric import root_of
 from rankfold.decompose._tucker import tucker
 from rankfold.decompose._unfold import check_rank, in_dtype, relative, relative_difference, split_axis, working_copy
 from rankfold.errors import DecompositionError
-
-SWEEPS = 10
-TOLERANCE = 2e-3
 
 
 def metric_tucker(
@@ -43,21 +42,21 @@ def metric_tucker(
 
     Minimises `trace(G D C D^T)`, D being the difference as a matrix (out, in * space). For a given input factor V the
     best output factor and core are a reduced-rank regression of the outputs on `(V^T ⊗ I) x`; V is improved by
-    conjugate gradients on its normal equations. Begins from the better of two input factors: HOOI's on the kernel, and
-    the HOSVD's in the Kronecker product of the marginal second moments. The error in the metric never rises.
+    conjugate gradients on its normal equations. It starts from the better of two input factors: HOOI's on the kernel,
+    and the HOSVD's in the Kronecker product of the marginal second moments. The error in the metric never rises.
 
     Args:
         kernel: (out, in, space…), any float dtype and device.
         rank: of the outputs and of the inputs.
         second_moment: C, over (in, space…) in this order.
         rows: the diagonal of G, (out,), weights of the outputs.
-        iterations: sweeps at most.
+        iterations: the maximum number of sweeps.
         tolerance: the sweeps end when one lowers the error by less than this share of it.
         dtype: to compute in.
 
     Returns:
         The core and the two factors over the modes (0, 1), in the dtype of the kernel; `error` is the plain one, and
-        `trace` has those in the metric. With weights of the outputs the output factor is not orthonormal.
+        `trace` has those in the metric. With weights of the outputs, the output factor is not orthonormal.
 
     Raises:
         DecompositionError: ranks out of range, a metric that does not fit, NaN or Inf entries.
@@ -133,7 +132,7 @@ def metric_tucker_errors(
     if not len(ranks):
         return []
     pairs = [_checked(kernel, rank, dtype)[1] for rank in ranks]
-    work = working_copy(kernel, dtype)
+    work = working_copy(kernel, dtype, what="kernel")
     form = _Form.of(Target.of(work.flatten(1), second_moment, rows, dtype), work.shape[1])
     if form.target.total <= 0:
         return [0.0] * len(ranks)
@@ -149,7 +148,7 @@ def metric_tucker_errors(
 
 
 def _checked(kernel: Tensor, rank: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, tuple[int, int]]:
-    work = working_copy(kernel, dtype)
+    work = working_copy(kernel, dtype, what="kernel")
     if len(rank) != 2:
         raise DecompositionError(f"a rank of the outputs and one of the inputs are needed, not {rank!r}")
     out, into = (check_rank(r, work.shape[mode], f"rank of mode {mode}") for mode, r in enumerate(rank))
@@ -198,7 +197,8 @@ class _Form:
     def fitted(self, factor: Float[Tensor, "into q"], rank: int) -> _Fit:
         """Return the best output factor and core for an orthonormal V: a reduced-rank regression.
 
-        The regression is solved for as a change of the projected weight: directions without inputs keep that.
+        The regression is solved for as a change of the projected weight, so directions without inputs keep their part
+        of it.
         """
         normal = self.moment(factor)
         prior = self.turned(self.target.matrix, factor)
@@ -247,6 +247,6 @@ class _Form:
 
 
 def _orthonormal(out: Float[Tensor, "m p"], core: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the output factor with orthonormal columns, the core taking up the rest."""
+    """Return the output factor with orthonormal columns, and the core that absorbs the rest."""
     q, r = torch.linalg.qr(out)
     return q, (r @ core.flatten(1)).reshape(core.shape)

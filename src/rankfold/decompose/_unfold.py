@@ -1,7 +1,7 @@
-"""Unfold, fold, mode product, Khatri-Rao, and the one check of what is given to a decomposition.
+"""Unfold, fold, mode product, Khatri-Rao, and the one check of what is passed to a decomposition.
 
-Public functions of the room take a plain `Tensor` where a wrong order or dtype has an error of its own;
-everything behind `working_copy` says its shapes.
+Public functions here annotate a plain `Tensor` where a wrong order or dtype gets an error of its own; everything
+behind `working_copy` declares its shapes.
 """
 # ruff: noqa: F722 (shape strings)
 
@@ -14,34 +14,37 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from rankfold._common import Float, real, whole
+from rankfold._common import Float, check_dense, real, whole
 from rankfold.errors import DecompositionError
 
 WORKING_DTYPES = (torch.float64, torch.float32)
 
 
-def working_copy(tensor: Tensor, dtype: torch.dtype, *, order: int | None = None, least: int = 2) -> Tensor:
+def working_copy(
+    tensor: Tensor, dtype: torch.dtype, *, order: int | None = None, least: int = 2, what: str = "tensor"
+) -> Tensor:
     """Return a detached tensor in the dtype to compute in, after checking that it can be decomposed.
 
     Args:
-        tensor: what the user gave; float dtype of any width, on any device.
+        tensor: what the user passed: any float dtype, on any device.
         dtype: torch.float64 or torch.float32.
-        order: the number of modes it must have, where only one will do.
-        least: the smallest number of modes that will do.
+        order: the number of modes that it must have, if only one is allowed.
+        least: the smallest number of modes allowed.
+        what: the name of the argument, for errors.
 
     Returns:
-        The tensor in `dtype`, on its device, without a graph; not a copy where nothing has to change.
+        The tensor in `dtype`, on its device, detached; not a copy if nothing has to change.
 
     Raises:
-        DecompositionError: wrong order, empty, not real floating point, NaN or Inf entries, the meta device.
+        DecompositionError: not a dense tensor, wrong order, empty, not real floating point, NaN or Inf entries, the
+            meta device.
     """
+    check_dense(tensor, what)
     shape = tuple(tensor.shape)
     if dtype not in WORKING_DTYPES:
         raise DecompositionError(f"decompositions compute in torch.float64 or torch.float32, not in {dtype}")
     if not tensor.is_floating_point():
         raise DecompositionError(f"a tensor of dtype {tensor.dtype} cannot be decomposed: convert it to a float dtype")
-    if tensor.is_meta:
-        raise DecompositionError(f"the tensor of shape {shape} is on the meta device and has no values to decompose")
     if order is not None and tensor.ndim != order:
         hint = ": unfold it, or loop over the batch" if tensor.ndim > order else ""
         raise DecompositionError(f"a tensor of order {order} is needed, not one of shape {shape}{hint}")
@@ -57,7 +60,7 @@ def working_copy(tensor: Tensor, dtype: torch.dtype, *, order: int | None = None
 
 
 def magnitude(tensor: Tensor) -> float:
-    """Return the largest magnitude of an entry (NaN where there is one), in one pass without a copy."""
+    """Return the largest magnitude of an entry (NaN if there is one), in one pass and without a copy."""
     least, most = torch.aminmax(tensor)
     return float(torch.maximum(-least, most))
 
@@ -124,7 +127,7 @@ def fold(matrix: Float[Tensor, "dim rest"], mode: int, shape: Sequence[int]) -> 
 def mode_product(tensor: Tensor, matrix: Float[Tensor, "new old"], mode: int) -> Tensor:
     """Return `tensor x_mode matrix`: every mode-`mode` fibre multiplied by `matrix`.
 
-    One matrix product with the unfolding: many small ones, which need no copy, are slower on kernels.
+    This is one matrix product with the unfolding; many small products need no copy but are slower on kernels.
 
     Example:
         >>> import torch
@@ -139,7 +142,7 @@ def mode_product(tensor: Tensor, matrix: Float[Tensor, "new old"], mode: int) ->
 
 
 def row_gram(rows: Float[Tensor, "dim rest"]) -> Float[Tensor, "dim dim"]:
-    """Return `rows @ rows.T`; of a large one only the blocks on and below the diagonal are multiplied.
+    """Return `rows @ rows.T`; for a large matrix only the blocks on and below the diagonal are multiplied.
 
     Example:
         >>> import torch
@@ -186,7 +189,7 @@ def relative(squared: float, total: float) -> float:
 
 
 def squared_norm(tensor: Tensor) -> float:
-    """Return the squared Frobenius norm, summed in float64, a few rows at a time to stay in the cache."""
+    """Return the squared Frobenius norm, summed in float64 a few rows at a time, which stay in the cache."""
     rows = tensor.reshape(tensor.shape[0], -1)
     some = max(1, 2**15 // rows.shape[1])
     parts = (rows[start : start + some] for start in range(0, rows.shape[0], some))
@@ -199,7 +202,7 @@ def relative_difference(tensor: Tensor, other: Tensor) -> float:
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a result in the dtype of the input; raise DecompositionError where that overflows."""
+    """Return a result in the dtype of the input; raise a DecompositionError if that overflows."""
     cast = tensor.to(dtype)
     if not math.isfinite(magnitude(cast)):
         largest = magnitude(tensor)
@@ -208,7 +211,7 @@ def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def safe_scale(tensor: Tensor) -> float:
-    """Return 1, or the power of two to divide by (exactly) so that squares neither overflow nor vanish."""
+    """Return 1, or a power of two: divided by it (exactly), the squares of entries neither overflow nor vanish."""
     largest = magnitude(tensor)
     if largest == 0 or 1e-8 < largest < 1e8:
         return 1.0

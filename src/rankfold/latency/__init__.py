@@ -1,4 +1,4 @@
-"""Latency: layers and whole models timed on the user's device, in a runtime, and a cache of what was measured."""
+"""Latency: time layers and whole models on the user's device, in a runtime, and cache the times of layers."""
 
 from rankfold.latency._layers import time_layers
 from rankfold.latency._race import Latency, Timing, fastest_layout, steady_clock, time_models, using_threads

@@ -1,4 +1,4 @@
-"""Times of layers kept from one run to the next: a JSON file per setting in the user's cache folder."""
+"""The cache for times of layers: one JSON file per setting in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from rankfold.errors import DataError
 from rankfold.stats import CallTime, Curve, Setting
 
 VERSION = 1
-LARGEST = 2**26  # bytes of a file that is read
+LARGEST = 2**26  # bytes; larger files are not read
 LARGEST_GRAIN = 1024
 
 
 def cache_folder() -> Path:
-    """Return the folder for what can be measured again, as the system has it: made when it is written to."""
+    """Return the cache folder of the operating system for Rankfold; it is created on the first write."""
     home = Path.home()
     default = {"win32": home / "AppData" / "Local", "darwin": home / "Library" / "Caches"}
     given = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
@@ -31,13 +31,13 @@ def cache_folder() -> Path:
 
 
 def cache_file(folder: Path, setting: Setting) -> Path:
-    """Return the file of a setting: another device, version or number of threads has another."""
+    """Return the file of a setting; each device, version and number of threads has its own."""
     told = json.dumps(asdict(setting), sort_keys=True)
     return folder / f"timings-{setting.runtime}-{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
 
 
 def read_cases(path: Path, setting: Setting) -> dict[str, CallTime]:
-    """Return the cases that a file holds, none where there is no file; one that can't be used is told and ignored."""
+    """Return the cases in a file, none if there is no file; warn about a file that can't be used and ignore it."""
     try:
         if not path.exists():
             return {}
@@ -50,7 +50,7 @@ def read_cases(path: Path, setting: Setting) -> dict[str, CallTime]:
 
 
 def write_cases(path: Path, setting: Setting, cases: Mapping[str, CallTime]) -> None:
-    """Write cases, whole or not at all; where that is not possible it is told, and nothing is kept."""
+    """Write all cases to a file; warn if that is not possible, and write nothing."""
     data = {key: {"dense": case.dense, "curves": [_curve_data(c) for c in case.curves]} for key, case in cases.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def _checked(path: Path, setting: Setting) -> dict[str, CallTime]:
 def _read_case(data: Mapping[str, Any]) -> CallTime:
     dense = data["dense"]
     if type(dense) is not float or not (math.isfinite(dense) and dense > 0):
-        raise DataError(f"the time of a layer is a number of seconds above zero, not {dense!r:.40}")
+        raise DataError(f"the time of a layer must be a number of seconds > 0, got {dense!r:.40}")
     return CallTime(dense, 1, tuple(_read_curve(curve) for curve in data["curves"]))
 
 

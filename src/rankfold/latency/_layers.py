@@ -1,4 +1,4 @@
-"""Time the layers of a model and what could stand for them, with the shapes that the model calls them with."""
+"""Time the layers of a model and their possible replacements, with the shapes that the model calls them with."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ from rankfold.stats import (
     walk,
 )
 
-ALLOCATORS = ("GLIBC_TUNABLES", "LD_PRELOAD")  # and MALLOC_…: what the environment says of the allocator
-SHARES = {1: (1 / 8, 1 / 4, 1 / 2, 4 / 5), 2: (1 / 6, 2 / 5, 4 / 5)}
-"""Ranks to time, as shares of the largest with fewer parameters, by the number of entries of a rank."""
-STEPS = (4, 8, 16, 32)
-"""Steps in which hardware may like its ranks: tried on the largest layer of each kind."""
+ALLOCATORS = ("GLIBC_TUNABLES", "LD_PRELOAD")  # and MALLOC_…: variables that choose or configure the allocator
+TIMED_SHARES = {1: (1 / 8, 1 / 4, 1 / 2, 4 / 5), 2: (1 / 6, 2 / 5, 4 / 5)}
+"""Ranks to time, as fractions of the largest rank that saves parameters, by the number of entries of a rank."""
+GRAINS = (4, 8, 16, 32)
+"""Steps that may suit the hardware: ranks in these steps are tried on the largest layer of each kind."""
 LARGEST_BASE, LEAST_BASE = 256, 32
-SAME = 0.02  # two times that differ by less are the same
-FEWEST = 4  # so many steps must lie within the ranks of a layer, or smaller steps are taken
+SAME = 0.02  # times that differ by less than this are considered equal
+FEWEST = 4  # if fewer steps fit into the ranks of a layer, smaller steps are taken
 ROUNDS, ROUND_SECONDS = 9, 1.0
 WHOLE_ROUNDS, WHOLE_SECONDS = 15, 4.0
 LATE = "not timed: the {:g} s of timing were over (Timing(seconds=…))"
@@ -63,7 +63,7 @@ Form = tuple[type[FactorisedLayer], dict[str, Any]]
 
 @dataclass(frozen=True)
 class _Input:
-    """What tells the inputs of a layer apart: all that its time depends on."""
+    """What the time of a layer depends on in its input."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -74,7 +74,7 @@ class _Input:
         return _Input(tuple(tensor.shape), tensor.dtype, _lies_channels_last(tensor))
 
     def tensor(self, layer: nn.Module) -> Tensor:
-        """Return an input of this kind."""
+        """Return a tensor of this kind."""
         device = device_of(layer)
         if not self.dtype.is_floating_point:
             rows = torch.arange(math.prod(self.shape), device=device) % getattr(layer, "num_embeddings", 1)
@@ -86,7 +86,7 @@ class _Input:
 
 @dataclass(frozen=True, eq=False)
 class _Case:
-    """A layer with one kind of input: identical ones are timed once."""
+    """A layer with one kind of input; identical cases are timed once."""
 
     layer: nn.Module
     input: _Input
@@ -94,7 +94,7 @@ class _Case:
 
     @property
     def key(self) -> str:
-        """What identical cases have in common, the names of layers not among it."""
+        """The same text for identical cases, whatever the names of the layers."""
         weight: Any = self.layer.weight
         forms = [(cls.method, sorted(options.items())) for cls, options in self.forms]
         layout = "channels last" if is_channels_last(weight) else "contiguous"
@@ -107,7 +107,7 @@ class _Case:
 
     @property
     def kind(self) -> tuple[str, torch.dtype, bool]:
-        """What the steps of good ranks depend on."""
+        """What the best steps of ranks depend on."""
         return type(self.layer).__name__, self.input.dtype, self.input.channels_last
 
 
@@ -121,25 +121,26 @@ def time_layers(
 ) -> Stats:
     """Return statistics with the measured times of layers, for a budget on latency.
 
-    Every kind of call of a layer (type, shapes, dtype, memory format) is timed once, dense and in every form that
-    the methods give it, at a few ranks, all in turn within each round, as `time_models` does. The largest layer of
-    each kind tells in which steps ranks are worth choosing: the largest of 4, 8, 16 and 32 at which the last rank of
-    a step is not slower than the first. The dense model is timed as well; layers that take longer than it in sum
-    are scaled to it. For the runtime "compile" single layers are timed without it, since one layer holds nothing
-    to fuse; whole models always run in the runtime itself. On one thread of a processor it is processor time that is
-    measured, which other programs disturb the least.
+    Every kind of call of a layer (type, shapes, dtype, memory format) is timed once: the dense layer, and what each
+    method makes of it at a few ranks, all in turn within each round, as in `time_models`. The largest layer of each
+    kind shows in which steps ranks should be chosen: the largest of 4, 8, 16 and 32 for which the last rank of a step
+    is no slower than the first. The dense model is timed too; if its layers take longer than the model in total, their
+    times are scaled down to it. For the runtime "compile", single layers are timed without it, because one layer has
+    nothing to fuse; whole models always run in the runtime itself. On one CPU thread, processor time is measured,
+    which other programs disturb least.
 
-    Times of layers are kept in the user's cache folder, one file per device, versions, runtime and threads.
+    Times of layers are kept in the user's cache folder, in one file per device, versions, runtime and threads.
 
     Args:
         model: the dense model; it is not changed.
-        stats: what `measure` saw of it.
+        stats: the statistics that `measure` returned for it.
         example: the arguments of one call, with the batch size that the budget is for.
-        methods: as in `plan`.
+        methods: name or names of the methods to time, such as "svd" or ("svd", "tucker", "cp"): those that the plan
+            may choose from.
         timing: where and how to measure.
 
     Raises:
-        DataError: statistics of another model, or a model without values.
+        DataError: the statistics are of another model, or the model has no values.
 
     Example:
         >>> import torch, rankfold
@@ -181,7 +182,7 @@ def _whole(model: nn.Module, example: Any, timing: Timing) -> float:
 
 
 def _calls(model: nn.Module, methods: tuple[str, ...], example: Any) -> dict[str, Counter[_Case]]:
-    """Return the cases of every layer that may change, with the number of calls of each."""
+    """Return the cases of every layer that can be replaced, with the number of calls of each."""
     layers = {name: layer for name, layer in walk(model) if not is_factorised(layer) and not refusal(layer)}
     inputs: dict[str, list[_Input]] = {name: [] for name in layers}
 
@@ -208,14 +209,14 @@ def _calls(model: nn.Module, methods: tuple[str, ...], example: Any) -> dict[str
 
 
 def _forms(layer: nn.Module, methods: tuple[str, ...]) -> tuple[Form, ...]:
-    """Return layer class and options of everything that could stand for a layer."""
+    """Return the layer class and the options of everything that could replace a layer."""
     known = methods_for(layer)
     classes = [layer_class(layer, method) for method in methods if method in known]
     return tuple((cls, dict(options)) for cls in classes for options in cls.variants(layer))
 
 
 def _ordered(calls: Mapping[str, Counter[_Case]], stats: Stats) -> list[_Case]:
-    """Return one case per key, those of the layers with the most work first."""
+    """Return one case per key, those with the most work first."""
     work: Counter[str] = Counter()
     cases: dict[str, _Case] = {}
     for name, counted in calls.items():
@@ -226,7 +227,7 @@ def _ordered(calls: Mapping[str, Counter[_Case]], stats: Stats) -> list[_Case]:
 
 
 class _Table:
-    """Times of cases: read from the cache, measured where they are missing, and kept."""
+    """Times of cases: read from the cache, measured if they are missing, and written back."""
 
     def __init__(self, timing: Timing, setting: Setting) -> None:
         self.setting = setting
@@ -236,7 +237,7 @@ class _Table:
         self._grains: dict[Any, int] = {}
 
     def fill(self, cases: Sequence[_Case]) -> set[str]:
-        """Time the cases that are not in the table, within the time there is; return the keys of those left."""
+        """Time the cases that are not in the table, within the time limit; return the keys of those that are left."""
         missing = [case for case in cases if case.key not in self._times]
         late, end = set(), time.perf_counter() + self._timing.seconds
         try:
@@ -247,14 +248,14 @@ class _Table:
                 if case.kind not in self._grains:
                     self._grains[case.kind] = self._grain(case)
                 self._times[case.key] = self._time(case)
-        finally:  # also after Ctrl-C: the next run goes on from here
+        finally:  # even after Ctrl-C, so that the next run continues from here
             passing = {case.key for case in cases if not case.lasting}
             if self._file is not None and any(case.key in self._times for case in missing if case.lasting):
                 write_cases(self._file, self.setting, {k: v for k, v in self._times.items() if k not in passing})
         return late
 
     def layer_time(self, cases: Mapping[_Case, int]) -> LayerTime:
-        """Return the times of a layer from those of its cases."""
+        """Return the times of a layer, given its cases and their numbers of calls."""
         return LayerTime(tuple(replace(self._times[case.key], count=count) for case, count in cases.items()))
 
     def _time(self, case: _Case) -> CallTime:
@@ -271,14 +272,14 @@ class _Table:
         return CallTime(min(times["dense"].seconds), 1, tuple(curves))
 
     def _grain(self, case: _Case) -> int:
-        """Return the largest step of ranks whose last rank is as fast as its first, on the first form of two stages."""
+        """Return the largest step whose last rank is as fast as its first, for the first form of two stages."""
         for cls, options in case.forms:
             full, grid = cls.full_rank(case.layer, **options), cls.rank_grid(case.layer, **options)
             if isinstance(full, tuple) or cls.stages is None:
                 continue
-            base = min(LARGEST_BASE, max(map(_first, grid)) // 2 // max(STEPS) * max(STEPS))
+            base = min(LARGEST_BASE, max(map(_first, grid)) // 2 // max(GRAINS) * max(GRAINS))
             if base >= LEAST_BASE:
-                ranks = [base + step for step in (1, *STEPS) if base + step <= full]
+                ranks = [base + step for step in (1, *GRAINS) if base + step <= full]
                 models = {str(rank): _fresh((cls, options), case.layer, rank) for rank in ranks}
                 times = self._race(case, models)
                 least = [min(times[str(rank)].seconds) for rank in ranks]
@@ -298,7 +299,7 @@ class _Table:
 
 
 def _kept_in(timing: Timing, setting: Setting) -> Path | None:
-    """Return the file that keeps the times; a function of the user's has no name that tells it from others."""
+    """Return the cache file; None for a user's function, whose name does not identify it."""
     if timing.cache is False or not isinstance(timing.runtime, str):
         return None
     return cache_file(cache_folder() if timing.cache is True else Path(timing.cache), setting)
@@ -306,7 +307,7 @@ def _kept_in(timing: Timing, setting: Setting) -> Path | None:
 
 @dataclass(frozen=True)
 class _Draft:
-    """Where a curve is to be measured."""
+    """The ranks at which a curve is to be measured."""
 
     axes: tuple[tuple[float, ...], ...]
     ranks: tuple[Rank, ...]
@@ -314,7 +315,7 @@ class _Draft:
 
 
 def _draft(form: Form, layer: nn.Module, grain: int) -> _Draft:
-    """Choose a few ranks of the planner's grid, in steps of the grain where the grid is wide enough for it."""
+    """Choose a few ranks of the planner's grid, in steps of the grain if the grid is wide enough."""
     cls, options = form
     top = max(max(coordinates(rank)) for rank in cls.rank_grid(layer, **options))
     while grain > 1 and (top < FEWEST * grain or not cls.rank_grid(layer, multiple=grain, **options)):
@@ -322,10 +323,10 @@ def _draft(form: Form, layer: nn.Module, grain: int) -> _Draft:
     points = {coordinates(rank): rank for rank in cls.rank_grid(layer, multiple=grain, **options)}
     values = [sorted(set(column)) for column in zip(*points, strict=True)]
     axes = tuple(
-        tuple(sorted({min(column, key=lambda x: abs(x - share * column[-1])) for share in SHARES[len(values)]}))
+        tuple(sorted({min(column, key=lambda x: abs(x - share * column[-1])) for share in TIMED_SHARES[len(values)]}))
         for column in values
     )
-    # A pair that the grid leaves out, as too costly, is a rank all the same.
+    # A pair that the grid leaves out because it saves nothing is still a valid rank.
     ranks = tuple(points.get(point, tuple(map(int, point))) for point in itertools.product(*axes))
     return _Draft(axes, ranks, grain)
 
@@ -345,17 +346,17 @@ def _label(form: Form, rank: Rank) -> str:
 
 
 def _over(times: Mapping[str, Latency], form: Form, ranks: Sequence[Rank]) -> tuple[float, ...]:
-    """Return the times over that of the dense layer: of the fastest rounds, since disturbances only add."""
+    """Return times divided by the dense layer's, from the fastest rounds, because disturbances only add time."""
     return tuple(min(times[_label(form, rank)].seconds) / min(times["dense"].seconds) for rank in ranks)
 
 
 def _lies_channels_last(tensor: Tensor) -> bool:
-    """Tell whether an input lies in memory with the channels last, and only so."""
+    """Tell whether an input is in channels-last order in memory and not contiguous as well."""
     return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 def _setting(model: nn.Module, timing: Timing) -> Setting:
-    """Return what tells one measurement's conditions from another's."""
+    """Return the conditions of a measurement."""
     device, runtime = device_of(model), timing.runtime
     name = runtime if isinstance(runtime, str) else getattr(runtime, "__name__", "custom")
     return Setting(
@@ -375,13 +376,13 @@ def _hardware(device: torch.device) -> str:
 
 
 def _allocator() -> list[str]:
-    """Return what the environment says of the allocator: fresh pages for every large tensor take time of their own."""
+    """Return the allocator settings in the environment: getting new pages for every large tensor takes time."""
     chosen = {key: value for key, value in sorted(os.environ.items()) if key in ALLOCATORS or key.startswith("MALLOC_")}
     return [f"{key}={value}" for key, value in chosen.items() if value]
 
 
 def _processor() -> str:
-    """Return the name of the processor: Linux tells it in a file, other systems through Python."""
+    """Return the name of the processor, on Linux from a file, elsewhere from Python."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""How long do models take? Timed side by side, so that what disturbs one disturbs all."""
+"""Time models side by side, so that any disturbance affects all of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEAST_ROUNDS = 5
 WARM_UP_CALLS = 3
 SAMPLE_SECONDS = 0.005  # a sample this long is far above the timer's resolution and the cost of a call
 MOST_CALLS = 1000
-CLOSE = 1.15  # a dense model may be so much slower in channels_last: compressed ones gain more from it
+CLOSE = 1.15  # how much slower a dense model may be in channels_last, because compressed ones gain more from it
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Timing:
 
     Args:
         runtime: "eager", "compile", "onnxruntime", or a function `(model, example) -> callable`.
-        threads: threads per operation; by default what torch is set to.
-        seconds: after so long no further layer is timed; those left stay dense.
-        cache: whether times of layers are kept in the user's cache folder; a path names another folder. Times in a
-            function of the user's are not kept.
+        threads: threads per operation; by default torch's setting.
+        seconds: time limit for timing layers; those that are not timed by then stay dense.
+        cache: whether to cache times of layers in the user's cache folder; a path names another folder. Times in a
+            runtime given as a function are not cached.
 
     Raises:
-        DataError: an unknown runtime, or threads or seconds that are not positive.
+        DataError: the runtime is unknown, or threads or seconds are not positive.
 
     Example:
         >>> Timing(threads=1).runtime
@@ -57,15 +57,15 @@ class Timing:
 
 @dataclass(frozen=True)
 class Latency:
-    """Times of one model in one comparison; all models of the comparison ran in every round.
+    """Times of one model in a comparison in which all models ran in every round.
 
     Attributes:
-        seconds: Seconds per call, one sample per round.
-        ratios: Time of the comparison's first model divided by this model's, one per round: above 1 is faster.
-        calls: Calls averaged in one sample.
-        threads: Threads that an operation could use.
-        device: Type of the device: "cpu", "cuda", ….
-        runtime: Name of the runtime.
+        seconds: seconds per call, one sample per round.
+        ratios: time of the first model divided by the time of this one, per round; above 1 is faster.
+        calls: number of calls averaged in each sample.
+        threads: number of threads that an operation could use.
+        device: type of the device: "cpu", "cuda", ….
+        runtime: name of the runtime.
     """
 
     seconds: tuple[float, ...]
@@ -87,7 +87,7 @@ class Latency:
 
     @property
     def ratio(self) -> float:
-        """Return the median over the rounds of the speed-up over the comparison's first model."""
+        """Return the median over rounds of the speed-up over the first model."""
         return statistics.median(self.ratios)
 
     @property
@@ -100,10 +100,10 @@ Clock: TypeAlias = Callable[[], float]
 
 
 def steady_clock(model: nn.Module, threads: int | None = None) -> Clock:
-    """Return the clock for measurements that other programs should not disturb.
+    """Return the clock that other programs disturb least.
 
-    On one thread of a processor that is the processor time of this process, which is what a clock on the wall shows on
-    an idle machine; where more work together, it is the time on the wall.
+    On one CPU thread that is the processor time of this process, which equals wall-clock time on an idle machine; with
+    several threads, or on another device, it is wall-clock time.
     """
     alone = device_of(model).type == "cpu" and (threads or torch.get_num_threads()) == 1
     return time.process_time if alone else time.perf_counter
@@ -121,25 +121,25 @@ def time_models(  # noqa: PLR0913
 ) -> dict[str, Latency]:
     """Time models on the same example in interleaved rounds.
 
-    Every round takes one sample of every model, in an order that alternates, so that a change of load or
-    clock speed during the measurement falls on all of them; a speed-up is the median of the ratios within
-    rounds and never a quotient of two medians. Models run in eval mode under `torch.inference_mode`, each
-    on its own device; modes and thread count are restored. Compare ratios, not milliseconds, between runs.
+    Every round takes one sample of every model, in alternating order, so that a change of load or clock speed
+    affects all of them. A speed-up is the median of the ratios within rounds, never a ratio of two medians. Models
+    run in eval mode under `torch.inference_mode`, each on its own device; modes and number of threads are restored.
+    Compare ratios, not milliseconds, between runs.
 
     Args:
-        models: Name to model; the first one is what the ratios compare with.
-        example: A tensor, a tuple of arguments or a dict of keyword arguments.
+        models: models by name; ratios are relative to the first one.
+        example: a tensor, a tuple of arguments or a dict of keyword arguments.
         runtime: "eager", "compile", "onnxruntime", or a function `(model, example) -> callable`.
-        threads: Threads per operation; by default what torch is set to.
-        rounds: Rounds to measure.
-        seconds: Time after which no further round starts, once there are five.
-        clock: what is read before and after a sample, in seconds.
+        threads: threads per operation; by default torch's setting.
+        rounds: largest number of rounds.
+        seconds: time limit after which no further round starts, once there have been five.
+        clock: a function that returns the time in seconds.
 
     Returns:
-        Name to `Latency`, in the order given.
+        A `Latency` per name, in the given order.
 
     Raises:
-        DataError: For no models, an unknown runtime, or threads, rounds or seconds that are not positive.
+        DataError: there are no models, the runtime is unknown, or threads, rounds or seconds are not positive.
 
     Example:
         >>> import torch
@@ -194,22 +194,22 @@ def fastest_layout(
 ) -> torch.memory_format:
     """Return the memory format to compress a model in: `channels_last`, unless it is clearly slower on an example.
 
-    That is, unless the contiguous model is faster by more than 15 %: compressed layers gain more from
-    `channels_last` than dense ones. A model without four-dimensional weights has one format only and is not timed.
-    Convolutions of a model in `channels_last` give their results in it, whatever the format of the example. Weights
-    that a compressed model takes from such a model are in it too, so choose the format before compressing.
+    It is clearly slower if the contiguous model is faster by more than 15 %, because compressed layers gain more from
+    `channels_last` than dense ones. A model without four-dimensional weights is not timed. Convolutions of a model in
+    `channels_last` return their results in that format, whatever the format of the example. A compressed model has the
+    format of the model that it is made from, so choose the format before compressing.
 
     Args:
         model: any module; copies of it are timed.
-        example: as in `time_models`.
-        runtime: as in `time_models`.
-        threads: as in `time_models`.
+        example: a tensor, a tuple of arguments or a dict of keyword arguments.
+        runtime: "eager", "compile", "onnxruntime", or a function `(model, example) -> callable`.
+        threads: threads per operation; by default torch's setting.
 
     Returns:
         `torch.contiguous_format` or `torch.channels_last`, for `model.to(memory_format=…)`.
 
     Raises:
-        DataError: as `time_models` does.
+        DataError: the runtime is unknown, or threads are not positive.
 
     Example:
         >>> import torch
@@ -229,7 +229,7 @@ def fastest_layout(
 
 @contextmanager
 def using_threads(threads: int | None) -> Iterator[None]:
-    """Let operations use that many threads for the length of a block; None changes nothing."""
+    """Set the number of threads per operation within a `with` block; None changes nothing."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(before if threads is None else threads)
@@ -239,7 +239,7 @@ def using_threads(threads: int | None) -> Iterator[None]:
 
 
 def _calls_per_sample(run: Run, device: torch.device, clock: Clock) -> int:
-    """Warm up (caches, compilation, clock) and return how many calls make a sample long enough."""
+    """Warm up (caches, compilation, clock) and return how many calls a sample needs to be long enough."""
     once = min(_sample(run, device, 1, clock) for _ in range(WARM_UP_CALLS))
     return min(MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(once, 1e-9)))
 

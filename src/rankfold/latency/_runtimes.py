@@ -24,12 +24,12 @@ LARGEST_ONNX = 2**31 - 1  # bytes of one protobuf message
 NEEDS_ONNX = "this needs the optional packages of ONNX: pip install 'rankfold[onnx]'"
 
 MACHINERY = r"(torch|onnx|onnxscript|onnx_ir)(\.|$)"
-STALE_WEIGHTS = r"The tensor attributes? .* assigned during export"  # recurrent layers tell themselves about a cache
+STALE_WEIGHTS = r"The tensor attributes? .* assigned during export"  # recurrent layers warn about a cache of theirs
 
 
 @contextmanager
 def quiet_export() -> Iterator[None]:
-    """Hide what the exporters say about their own code; warnings about the user's code pass."""
+    """Hide warnings of the exporters about their own code; those about the user's code are shown."""
     with warnings.catch_warnings():
         for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
             warnings.filterwarnings("ignore", category=category, module=MACHINERY)
@@ -38,7 +38,7 @@ def quiet_export() -> Iterator[None]:
 
 
 def onnx_bytes(model: nn.Module, example: Any, *, opset: int = OPSET) -> bytes:
-    """Return the ONNX form of a model, as it computes now (call it in eval mode), for the shapes of an example."""
+    """Return a model in ONNX format, in its current mode (call this in eval mode), for the shapes of an example."""
     args, kwargs = example_arguments(to_device(example, device_of(model)))
     try:
         with quiet_export():
@@ -56,7 +56,7 @@ def onnx_bytes(model: nn.Module, example: Any, *, opset: int = OPSET) -> bytes:
 
 
 def onnx_run(source: bytes | str, example: Any) -> Run:
-    """Return a function that runs an ONNX model, from bytes or a path, on an example with ONNX Runtime."""
+    """Return a function that runs an ONNX model, given as bytes or a path, on an example with ONNX Runtime."""
     try:
         import onnxruntime
     except ImportError as problem:
@@ -64,7 +64,7 @@ def onnx_run(source: bytes | str, example: Any) -> Run:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     options.intra_op_num_threads = torch.get_num_threads()
-    # Threads that spin while they wait would slow down whatever is timed next to this model.
+    # Threads that spin while waiting would slow down the other models being timed.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     names = [node.name for node in session.get_inputs()]
@@ -81,7 +81,7 @@ def onnx_run(source: bytes | str, example: Any) -> Run:
 
 
 def eager(model: nn.Module, example: Any) -> Run:
-    """Run a model as PyTorch does without any preparation."""
+    """Run a model in PyTorch without any preparation."""
     args, kwargs = example_arguments(to_device(example, device_of(model)))
     return lambda: model(*args, **kwargs)
 
@@ -94,20 +94,20 @@ def compiled(model: nn.Module, example: Any) -> Run:
 
 
 def onnxruntime_cpu(model: nn.Module, example: Any) -> Run:
-    """Run the ONNX form of a model with ONNX Runtime on the CPU."""
+    """Export a model to ONNX and run it with ONNX Runtime on the CPU."""
     return onnx_run(onnx_bytes(model, example), example)
 
 
 def onnxruntime_layer(layer: nn.Module, example: Any) -> Run:
-    """Run one layer with ONNX Runtime on the CPU, exported by tracing: the same nodes, and a hundred times as fast.
+    """Run one layer with ONNX Runtime on the CPU, exported by tracing: the same nodes, exported 100 times as fast.
 
-    What tracing cannot export goes the way of whole models.
+    Layers that cannot be traced are exported like whole models.
     """
     args, _ = example_arguments(to_device(example, device_of(layer)))
     buffer = io.BytesIO()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it tells every caller that it is the older of two exporters
+            warnings.simplefilter("ignore")  # it warns every caller that it is the older one of two exporters
             torch.onnx.export(layer, args, buffer, dynamo=False, opset_version=OPSET)  # type: ignore[arg-type]
     except (ImportError, RuntimeError, TypeError, ValueError):
         return onnxruntime_cpu(layer, example)
@@ -116,13 +116,12 @@ def onnxruntime_layer(layer: nn.Module, example: Any) -> Run:
 
 @dataclass(frozen=True)
 class RuntimeRow:
-    """All that timing must know of one runtime.
+    """How models and layers run in one runtime.
 
     Attributes:
-        model: prepares a whole model for an example and returns the function that is timed.
-        layer: the same for a single layer, of which there are many to prepare.
-        library: the package that does the work where torch does not: times of another version of it are measured
-            again.
+        model: prepares a whole model for an example and returns the function to time.
+        layer: the same for a single layer, which should be quick because there are many.
+        library: the package that does the work, if it is not torch; with another version, layers are timed again.
     """
 
     model: Runtime
@@ -133,7 +132,7 @@ class RuntimeRow:
 RUNTIMES: Mapping[str, RuntimeRow] = MappingProxyType(
     {
         "eager": RuntimeRow(eager, eager),
-        # a layer alone holds nothing to fuse, and what is compiled calls the same kernels: seconds saved per layer
+        # a single layer has nothing to fuse, and compiled it would call the same kernels: this saves seconds per layer
         "compile": RuntimeRow(compiled, eager),
         "onnxruntime": RuntimeRow(onnxruntime_cpu, onnxruntime_layer, "onnxruntime"),
     }
@@ -141,10 +140,10 @@ RUNTIMES: Mapping[str, RuntimeRow] = MappingProxyType(
 
 
 def runtime_of(runtime: str | Runtime) -> RuntimeRow:
-    """Return the row of a runtime; a function prepares layers as it does whole models.
+    """Return the row of a runtime; a function is used for whole models and layers alike.
 
     Raises:
-        DataError: no runtime has this name.
+        DataError: the name is unknown.
     """
     if callable(runtime):
         return RuntimeRow(runtime, runtime)

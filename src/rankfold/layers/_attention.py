@@ -1,4 +1,4 @@
-"""Multi-head attention whose four projections are layers that can be called, measured and replaced."""
+"""Multi-head attention whose four projections are layers of their own: called, measured and replaced one by one."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ _OPTIONS = ("embed_dim", "num_heads", "dropout", "add_zero_attn", "kdim", "vdim"
 
 @final
 class SeparateAttention(nn.Module):
-    """`nn.MultiheadAttention` with a layer for each projection: same arguments, same call, same function.
+    """`nn.MultiheadAttention` with a layer for each projection: the arguments, the call and the result are the same.
 
     `softmax(q k^T / sqrt(head_dim) + mask) v` for each head, with `q = q_proj(query)`, `k = k_proj(key)`,
-    `v = v_proj(value)`, and `out_proj` of the heads side by side. Where the weights are not asked for
-    (`need_weights=False`), `torch.nn.functional.scaled_dot_product_attention` computes it.
+    `v = v_proj(value)`, and `out_proj` of the heads side by side. With
+    `need_weights=False` it is computed by `torch.nn.functional.scaled_dot_product_attention`.
 
-    Reference: Vaswani et al. 2017, section 3.2.
+    Reference:
+        Vaswani et al. 2017, section 3.2.
 
     Example:
         >>> dense = nn.MultiheadAttention(32, 4, batch_first=True)
@@ -38,7 +39,7 @@ class SeparateAttention(nn.Module):
 
     bias_k: nn.Parameter | None
     bias_v: nn.Parameter | None
-    # What torch's encoder layer reads of a packed attention: None makes it call this module.
+    # torch's encoder layer reads these of a packed attention: None makes it call this module.
     in_proj_weight: None = None
     in_proj_bias: None = None
     _qkv_same_embed_dim = False
@@ -76,7 +77,7 @@ class SeparateAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw fresh values as `nn.MultiheadAttention` does."""
-        # the packed weight of equal widths is one matrix, and its bound that of three times the rows
+        # with equal widths torch draws the packed weight as one matrix with three times the rows
         gain = 1.0 if {self.kdim, self.vdim} != {self.embed_dim} else math.sqrt(0.5)
         for layer in (self.q_proj, self.k_proj, self.v_proj):
             nn.init.xavier_uniform_(layer.weight, gain)
@@ -99,13 +100,13 @@ class SeparateAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the attention's output and, where they are asked for, its weights: as `nn.MultiheadAttention` does."""
+        """Return the output and, if `need_weights`, the attention weights, as `nn.MultiheadAttention` does."""
         batched = query.dim() == 3
         if is_causal and attn_mask is None:
             raise LayerError("is_causal=True only says that attn_mask is causal: pass attn_mask too")
         query, key, value = (self._batch_first(x, batched) for x in (query, key, value))
         q, k, v = self._heads(self.q_proj(query)), self._keys(key), self._values(value)
-        # The hint spares the mask where nothing else needs it.
+        # With the hint no mask has to be built, unless something else needs one.
         hinted = is_causal and key_padding_mask is None and not need_weights
         mask = None if hinted else self._mask(attn_mask, key_padding_mask, q, k)
         dropout = self.dropout if self.training else 0.0
@@ -142,7 +143,7 @@ class SeparateAttention(nn.Module):
         return self._extended(self.v_proj(value), self.bias_v)
 
     def _extended(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the heads of keys or values, with the learned one and the zero behind them where there are such."""
+        """Return the heads of keys or values, followed by the learned one and the zero one if the layer has them."""
         if bias is not None:
             x = torch.cat([x, bias.to(x.dtype).expand(x.shape[0], 1, -1)], 1)
         if self.add_zero_attn:
@@ -152,7 +153,7 @@ class SeparateAttention(nn.Module):
     def _mask(self, attention: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         """Return what is added to the scores, broadcast to (batch, heads, target, source); None for nothing."""
         batch, heads, target, source = *q.shape[:3], k.shape[2]
-        added = (self.bias_k is not None) + self.add_zero_attn  # keys that no mask knows of: all queries see them
+        added = (self.bias_k is not None) + self.add_zero_attn  # keys that no mask covers: every query sees them
         total: Tensor | None = None
         if padding is not None:
             total = _additive(padding, q.dtype, added).reshape(-1, 1, 1, source)
@@ -165,7 +166,7 @@ class SeparateAttention(nn.Module):
 
     @classmethod
     def from_dense(cls, dense: nn.Module) -> SeparateAttention:
-        """Return the module with the weights of an `nn.MultiheadAttention`, copied; keeps dtype, device and modes.
+        """Return the module with a copy of the weights of an `nn.MultiheadAttention`; keeps dtype, device and modes.
 
         Raises:
             LayerError: `dense` is a subclass, has hooks, or its weights are parametrised.
@@ -217,12 +218,12 @@ class SeparateAttention(nn.Module):
 
     @property
     def is_dense(self) -> bool:
-        """Whether all four projections are stock layers with or without a bias alike."""
+        """Whether all four projections are stock layers that agree on having a bias."""
         layers = [getattr(self, name) for name in PROJECTIONS]
         return all(type(layer) is nn.Linear for layer in layers) and len({layer.bias is None for layer in layers}) == 1
 
     def extra_repr(self) -> str:
-        """Return the heads and what differs from the defaults."""
+        """Return the number of heads and whatever differs from the defaults."""
         others = {"dropout": 0.0, "add_zero_attn": False, "batch_first": False}
         told = [f"{name}={getattr(self, name)}" for name, usual in others.items() if getattr(self, name) != usual]
         return ", ".join([f"num_heads={self.num_heads}", *told])
@@ -234,7 +235,7 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _additive(mask: Tensor, dtype: torch.dtype, added: int) -> Tensor:
-    """Return a mask as what is added to the scores (-inf where a bool one is True), with zeros for keys at the end."""
+    """Return a mask as a term to add to the scores (-inf where a bool mask is True), zero-padded for added keys."""
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
     return functional.pad(mask.to(dtype), (0, added)) if added else mask.to(dtype)
@@ -253,7 +254,7 @@ def _refusal(dense: nn.Module) -> str | None:
 
 
 def _parts(packed: Tensor) -> list[Tensor]:
-    """Return the parts of a packed parameter for q, k and v, with the requires_grad of the whole."""
+    """Return the parts of a packed parameter for q, k and v; requires_grad is that of the whole."""
     return [part.detach().requires_grad_(packed.requires_grad) for part in packed.chunk(3)]
 
 
@@ -264,7 +265,7 @@ def _copied(value: Tensor | None) -> nn.Parameter | None:
 
 
 def _take(target: Tensor, parts: Sequence[Tensor]) -> None:
-    """Fill a parameter with parts; it is trained where one of them is."""
+    """Fill a parameter with parts; it requires a gradient if one of them does."""
     if not target.is_meta:
         copy_(target, torch.cat([part.detach() for part in parts]))
     target.requires_grad_(any(part.requires_grad for part in parts))

@@ -1,4 +1,4 @@
-"""What all layers share when they are built: stages without values, fresh values, what is kept of the dense layer."""
+"""What all layers share when they are built: empty stages, fresh values, what is kept of the dense layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from rankfold.layers._dense import dense_type_of
 
 Device = torch.device | str | int | None
 L = TypeVar("L", bound=nn.Module)
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the dimensions of a kernel
+LARGEST_MERGE = 2**24
+"""Entries that merged stages or cores may have: a larger dense weight is never rebuilt in a forward pass."""
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the order of the kernel
 
 
 def check_type(owner: type[nn.Module], dense: nn.Module, expected: type[nn.Module]) -> None:
@@ -35,7 +37,7 @@ def place(module: L, device: Device) -> L:
 
 
 def take_over(layer: L, dense: nn.Module) -> L:
-    """Give `layer` the mode and the requires_grad of weight and bias of `dense`."""
+    """Give `layer` the training mode of `dense` and the requires_grad of its weight and bias."""
     bias = getattr(dense, "bias", None)
     for name, parameter in layer.named_parameters():
         source = bias if name.rpartition(".")[2] == "bias" else dense.weight
@@ -44,23 +46,25 @@ def take_over(layer: L, dense: nn.Module) -> L:
 
 
 def is_channels_last(kernel: Tensor) -> bool:
-    """Tell whether a kernel (out, in, space…) of two or three axes lies in memory with the channels last.
+    """Tell whether a kernel (out, in, space…) with two or three spatial axes is stored with the channels last.
 
-    One with a single input channel is contiguous in both formats, and torch goes by the strides; one of extent one
-    does not tell.
+    With a single input channel it is contiguous in both formats, and torch goes by the strides; a 1x1 kernel does not
+    tell.
     """
     return kernel.dim() in CHANNELS_LAST and math.prod(kernel.shape[2:]) > 1 and kernel.stride(1) == 1
 
 
 def in_channels_last(kernel: Tensor) -> Tensor:
-    """Return a kernel of two or three axes as it lies with the channels last."""
-    if kernel.shape[1] == 1:  # both formats at once: `contiguous` would leave it, and torch take it for the other
+    """Return a kernel with two or three spatial axes in the channels-last format."""
+    if (
+        kernel.shape[1] == 1
+    ):  # contiguous in both formats: `contiguous` would leave it as it is, and torch take it for the other
         return kernel.squeeze(1).contiguous().unsqueeze(-1).movedim(-1, 1)
     return kernel.contiguous(memory_format=CHANNELS_LAST[kernel.dim()])
 
 
 def laid_as(layer: L, kernels: Sequence[Tensor]) -> L:
-    """Lay the convolutions of a layer in memory with the channels last, where these kernels are."""
+    """Store the convolutions of a layer in the channels-last format if any of these kernels is."""
     if any(map(is_channels_last, kernels)):
         for stage in layer.modules():
             row = dense_type_of(stage)
@@ -70,9 +74,9 @@ def laid_as(layer: L, kernels: Sequence[Tensor]) -> L:
 
 
 def hollow(owner: type[L], dense: Any, arguments: Mapping[str, Any], device: Device) -> L:
-    """Return a layer without values in the place of `dense`, on its device unless told another.
+    """Return an empty layer to take the place of `dense`, on its device unless another is given.
 
-    It is built on the meta device, so that no random number is drawn. Kernels lie in memory as that of `dense`.
+    It is built on the meta device, so that no random numbers are drawn. Kernels have the memory format of `dense`.
     """
     layer = owner(**arguments, device="meta", dtype=dense.weight.dtype)
     layer = take_over(place(layer, dense.weight.device if device is None else device), dense)
@@ -80,20 +84,20 @@ def hollow(owner: type[L], dense: Any, arguments: Mapping[str, Any], device: Dev
 
 
 def copy_(target: Tensor | None, value: Tensor | None) -> None:
-    """Copy a value into a parameter, outside autograd; both are None where there is no bias."""
+    """Copy a value into a parameter, outside autograd; does nothing where either is None, as for a missing bias."""
     if target is not None and value is not None:
         with torch.no_grad():
             target.copy_(value)
 
 
 def fill(dense: Any, weight: Tensor, bias: Tensor | None) -> None:
-    """Give a stock layer its values."""
+    """Fill the weight and the bias of a stock layer."""
     copy_(dense.weight, weight)
     copy_(getattr(dense, "bias", None), bias)
 
 
 def finite_weight(owner: type[nn.Module], dense: nn.Module, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return the weight of `dense` in `dtype` or its own wider one; a `LayerError` where it cannot be decomposed."""
+    """Return the weight of `dense` in `dtype` or wider; raise a `LayerError` if it cannot be decomposed."""
     weight: Tensor = dense.weight.detach()  # type: ignore[operator]
     where = f"{owner.__name__}: the weight of {type(dense).__name__}{tuple(weight.shape)}"
     if weight.is_meta:
@@ -106,10 +110,10 @@ def finite_weight(owner: type[nn.Module], dense: nn.Module, dtype: torch.dtype =
 
 
 def fresh_uniform_(weights: Sequence[Tensor], gain: float, generator: torch.Generator | None) -> None:
-    """Fill the weights of a chain so that white input of variance 1 leaves it with variance `gain`.
+    """Fill the weights of a chain so that white input of variance 1 comes out with variance `gain`.
 
-    Each stage of fan-in n gets the variance gain^(1/stages) / n, so that the activations go from 1 to
-    `gain` in equal steps; drawn on the CPU, so that a seed means the same on every device.
+    Each stage of fan-in n gets the variance gain^(1/stages) / n, so that the variance changes from 1 to `gain` in equal
+    steps. Values are drawn on the CPU, so that a seed gives the same ones on every device.
     """
     for weight in weights:
         if weight.is_meta:
@@ -120,10 +124,10 @@ def fresh_uniform_(weights: Sequence[Tensor], gain: float, generator: torch.Gene
 
 
 def rescale_(weights: Sequence[Tensor], squared_norm: Tensor, target: float) -> None:
-    """Scale all weights of a chain alike so that the squared norm of their product is exactly `target`.
+    """Scale all weights of a chain by one factor so that the squared norm of their product is exactly `target`.
 
-    Products of few random numbers scatter widely (rank 1, a depthwise kernel of three taps); this keeps
-    every draw, and not only their mean, at the variance of a dense layer.
+    Products of few random numbers scatter widely (rank 1, a depthwise kernel of three taps); this gives every draw, and
+    not only the average one, the variance of a dense layer.
     """
     if squared_norm.is_meta or not bool(squared_norm > 0):
         return
@@ -140,7 +144,7 @@ def fresh_bias_(bias: Tensor | None, fan_in: int, generator: torch.Generator | N
 
 
 def seeded(seed: int) -> torch.Generator:
-    """Return a generator of its own, so that the global one is not touched."""
+    """Return a new generator, which leaves the global one alone."""
     return torch.Generator().manual_seed(seed)
 
 

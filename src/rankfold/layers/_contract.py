@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, runtime_ch
 import torch
 from torch import Tensor, nn
 
+from rankfold._common import Rank as Rank
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Rank: TypeAlias = int | tuple[int, ...]
 Options: TypeAlias = Mapping[str, Any]
 
 

@@ -35,9 +35,12 @@ class LowRankEmbedding(MatrixLayer):
     `weight = down.weight @ up.weight.T`, the best approximation of this rank in the Frobenius norm. The
     arguments are those of `nn.Embedding`, then `rank`, at most min(num_embeddings, embedding_dim).
     `sparse` and `scale_grad_by_freq` act on the gradient of `down`. A row of zeros at `padding_idx` stays zero.
-    `max_norm` would rescale rows of a table that doesn't exist here: it raises a `LayerError`, as a bad rank does.
 
-    Reference: Lan et al. 2020 (ALBERT), section 3.1.
+    Raises:
+        LayerError: a rank out of range, or a `max_norm`: it would rescale rows of a table that does not exist here.
+
+    Reference:
+        Lan et al. 2020 (ALBERT), section 3.1.
 
     Example:
         >>> layer = LowRankEmbedding(1000, 64, padding_idx=0, rank=8)
@@ -87,14 +90,14 @@ class LowRankEmbedding(MatrixLayer):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw fresh values with the variance of a fresh `nn.Embedding`, 1; the row at `padding_idx` is zero."""
-        # A look-up adds nothing up: each entry of the codes is a stage of fan-in 1.
+        # A look-up sums nothing: each entry of the codes is a stage of fan-in 1.
         fresh_uniform_([self.down.weight.view(-1, 1), self.up.weight], 1.0, generator)
         copy_(self._padding_row(), torch.zeros(()))
         filled = self.num_embeddings - (self.padding_idx is not None)
         rescale_([self.down.weight, self.up.weight], self.squared_norm().detach(), filled * self.embedding_dim)
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Embedding gives it
-        """Look up the codes and map them."""
+        """Look up the codes and map them to the embedding's dims."""
         codes = self.down(input)  # …, rank
         rows: Tensor = self.up(codes)  # …, dim
         return rows
@@ -106,7 +109,7 @@ class LowRankEmbedding(MatrixLayer):
 
     @weight.setter
     def weight(self, table: Tensor) -> None:
-        """Accept the table that it has, as `TiedHead.weight` does."""
+        """Accept only the table that it already has, as `TiedHead.weight` does."""
         _check_own(self, table)
 
     def squared_norm(self) -> Tensor:
@@ -132,13 +135,13 @@ class LowRankEmbedding(MatrixLayer):
     def tied_head(self, bias: bool | Tensor = False) -> TiedHead:
         """Return the output layer of a language model that shares these factors.
 
-        `bias` is whether it has one, of zeros, or the values (num_embeddings,) to begin with.
+        `bias`: True for a bias of zeros, or its initial values (num_embeddings,).
         """
         return TiedHead(self, bias)
 
     @classmethod
     def variants(cls, dense: nn.Module) -> tuple[Options, ...]:
-        """Return the one set of no options, where some rank has fewer parameters than the dense layer."""
+        """Return one empty set of options if some rank has fewer parameters than the dense layer, or nothing."""
         rescaled = getattr(dense, "max_norm", None) is not None
         return ({},) if not rescaled and cls.rank_grid(dense) else ()
 
@@ -154,13 +157,13 @@ class LowRankEmbedding(MatrixLayer):
     def from_dense(cls, dense: nn.Module, *, rank: Rank, seed: int = 0, metric: Metric | None = None) -> Self:
         """Decompose the table in float64; keeps options, dtype, device, mode and requires_grad.
 
-        The inputs of an embedding are indices: a metric is that of the inputs of a head tied to it, never centred.
+        The inputs of an embedding are indices, so a metric is that of the inputs of a head tied to it, never centred.
         """
         layer = cls._hollow(dense, rank, None, {})
         rows, columns = layer.down.weight, layer.up.weight.T
         decompose_into(layer, dense, rows=rows, columns=columns, seed=seed, metric=metric)
         if layer.padding_idx is not None and not bool(dense.weight[layer.padding_idx].any()):  # type: ignore[index]
-            copy_(layer._padding_row(), torch.zeros(()))  # exactly, and not to rounding
+            copy_(layer._padding_row(), torch.zeros(()))  # exactly, not just to rounding
         return layer
 
     @staticmethod
@@ -169,7 +172,7 @@ class LowRankEmbedding(MatrixLayer):
         return {name: getattr(dense, name) for name in (*names, "scale_grad_by_freq", "sparse")}
 
     def _padding_row(self) -> Tensor | None:
-        """Return the codes of the padding row, where there is one with values."""
+        """Return the codes of the padding row, or None if there is no such row or it has no values."""
         if self.padding_idx is None or self.down.weight.is_meta:
             return None
         return self.down.weight[self.padding_idx]
@@ -177,9 +180,9 @@ class LowRankEmbedding(MatrixLayer):
 
 @final
 class TiedHead(nn.Module):
-    """The output layer tied to an embedding of two stages: `x @ embedding.weight.T + bias`, never building the table.
+    """The output layer tied to an embedding of two stages: `x @ embedding.weight.T + bias`, without building the table.
 
-    It holds the very modules of the embedding, so that training either trains both. The embedding is a
+    It shares the modules of the embedding, so training either one trains both. The embedding is a
     `LowRankEmbedding`, or a layer of another class of `tied_methods`. `bias`: as in `LowRankEmbedding.tied_head`.
 
     Example:
@@ -214,7 +217,7 @@ class TiedHead(nn.Module):
 
     @weight.setter
     def weight(self, table: Tensor) -> None:
-        """Accept the table that it has, as transformers 4 ties a head by assignment; there is no place for another."""
+        """Accept only the table that it already has: transformers 4 ties a head by assigning it."""
         _check_own(self, table)
 
     def to_dense(self) -> nn.Linear:
@@ -227,7 +230,7 @@ class TiedHead(nn.Module):
         return dense
 
     def _columns(self) -> Tensor:
-        """Return the second factor (rank, embedding_dim), as rounded where the stage is quantised."""
+        """Return the second factor (rank, embedding_dim), dequantised where the stage is quantised."""
         weight: Any = self.up.weight
         columns: Tensor = weight.T if isinstance(weight, Tensor) else weight().dequantize().T
         return columns
@@ -238,7 +241,7 @@ class TiedHead(nn.Module):
         return self.up.in_features
 
     def macs(self, calls: Sequence[Call]) -> int:
-        """Return the multiply-adds of some calls."""
+        """Return the multiply-adds of all calls together."""
         return head_macs(self.out_features, self.in_features, calls, rank=self.rank)
 
     def extra_repr(self) -> str:

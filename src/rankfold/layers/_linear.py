@@ -34,7 +34,10 @@ class LowRankLinear(MatrixLayer):
 
     `weight = up.weight @ down.weight`, the best approximation of this rank in the Frobenius norm
     (Eckart and Young 1936), with rank * (in + out) weights. The arguments are those of `nn.Linear`, then `rank`,
-    at most min(in, out). A bad rank raises a `LayerError`. It saves nothing from rank in * out / (in + out) on.
+    at most min(in, out). From rank in * out / (in + out) on it saves nothing.
+
+    Raises:
+        LayerError: a rank out of range.
 
     Example:
         >>> layer = LowRankLinear(512, 512, rank=64)
@@ -102,12 +105,12 @@ class LowRankLinear(MatrixLayer):
 
     @classmethod
     def variants(cls, dense: nn.Module) -> tuple[Options, ...]:
-        """Return the one set of no options, where some rank has fewer parameters than the dense layer."""
+        """Return one empty set of options if some rank has fewer parameters than the dense layer, or nothing."""
         return ({},) if cls.rank_grid(dense) else ()
 
     @classmethod
     def cost(cls, dense: nn.Module, calls: Sequence[Call], *, rank: Rank) -> Cost:
-        """Return rank * (in + out) parameters and the bias, and as many multiply-adds per row of the input."""
+        """Return rank * (in + out) parameters plus the bias, and rank * (in + out) multiply-adds per input row."""
         checked = check_rank(cls.__name__, rank, cls.full_rank(dense))
         twin: Any = dense
         weights = checked * (twin.in_features + twin.out_features)

@@ -1,4 +1,4 @@
-"""What the layers with a matrix for a weight share: its ranks, its spectrum, its two factors."""
+"""What layers share whose weight is a matrix: ranks, spectrum, two factors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class MatrixLayer(TwinLayer):
 
     @property
     def options(self) -> Options:
-        """No options beside the rank."""
+        """Empty: the rank is all there is to choose."""
         return {}
 
     @classmethod
@@ -54,13 +54,15 @@ class MatrixLayer(TwinLayer):
         seed: int = 0,  # noqa: ARG003 - exact
         metric: Metric | None = None,
     ) -> tuple[float, ...]:
-        """Return the relative error of the weight, or of the outputs in a metric, at each rank: tails, exact."""
+        """Return the exact relative error of the weight, or of the outputs in a metric, at each rank."""
         check_type(cls, dense, cls.dense_type)
         (group,) = group_metrics(cls, dense, metric)
-        weight = finite_weight(cls, dense, torch.float32)  # made float64 inside, once: a table may be half the model
+        weight = finite_weight(
+            cls, dense, torch.float32
+        )  # converted to float64 inside, only once: a table may be half the model
         checked: list[Any] = [check_rank(cls.__name__, rank, min(weight.shape)) for rank in ranks]
         if metric is not None and group is None:
-            return (0.0,) * len(checked)  # nothing that changes reaches the outputs
+            return (0.0,) * len(checked)  # its inputs never vary, or its outputs carry no weight
         values = singular_values(weight, **({} if group is None else group.arguments()))
         return tuple(tail_errors(values, checked))
 
@@ -68,7 +70,9 @@ class MatrixLayer(TwinLayer):
     def spectra(cls, dense: nn.Module) -> tuple[Spectrum, ...]:
         """Return the singular values of the weight."""
         check_type(cls, dense, cls.dense_type)
-        weight = finite_weight(cls, dense, torch.float32)  # made float64 inside, once: a table may be half the model
+        weight = finite_weight(
+            cls, dense, torch.float32
+        )  # converted to float64 inside, only once: a table may be half the model
         rows, columns = weight.shape
         return (Spectrum(singular_values(weight), (rows, columns)),)
 

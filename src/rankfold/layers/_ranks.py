@@ -11,10 +11,10 @@ from rankfold._common import whole
 from rankfold.errors import LayerError
 from rankfold.layers._contract import Rank
 
-CANDIDATES = 96  # of one rank: a budget is then met to about a per cent of a layer
-CANDIDATES_PER_AXIS = 20  # of a pair of ranks: at most 400 pairs
+CANDIDATES = 96  # for a single rank: a budget is then met to about a per cent of a layer
+CANDIDATES_PER_AXIS = 20  # for a pair of ranks: at most 400 pairs
 CROWDING = 1.5
-"""Between even spacing (1) and a constant ratio: small ranks matter most, large ones still meet a budget."""
+"""Exponent of the spacing, 1 being even: small ranks matter most, but large ones must still meet a budget."""
 
 
 def check_rank(owner: str, rank: object, full: Rank) -> Rank:
@@ -22,8 +22,7 @@ def check_rank(owner: str, rank: object, full: Rank) -> Rank:
     wanted = full if isinstance(full, tuple) else (full,)
     given = tuple(rank) if isinstance(rank, (tuple, list)) else (rank,)
     counted = isinstance(rank, (tuple, list)) == isinstance(full, tuple) and len(given) == len(wanted)
-    whole = all(isinstance(r, int) and not isinstance(r, bool) for r in given)
-    if not counted or not whole:
+    if not counted or not all(type(r) is int for r in given):
         kind = f"a tuple of {len(wanted)} ints" if isinstance(full, tuple) else "an int"
         raise LayerError(f"{owner}: rank={rank!r} is not {kind}; the full rank is {full}")
     if any(r < 1 or r > most for r, most in zip(given, wanted, strict=True)):
@@ -32,7 +31,7 @@ def check_rank(owner: str, rank: object, full: Rank) -> Rank:
 
 
 def spread(limit: int, multiple: int, count: int) -> tuple[int, ...]:
-    """Return at most `count` multiples of `multiple` from the smallest up to `limit`, denser at the small end."""
+    """Return at most `count` multiples of `multiple`, up to `limit`, denser at the small end."""
     whole("multiple", multiple, error=LayerError, why="; 1 allows every rank")
     steps = limit // multiple
     if steps <= count:
@@ -42,18 +41,18 @@ def spread(limit: int, multiple: int, count: int) -> tuple[int, ...]:
 
 
 def spread_to_full(full: int, multiple: int, count: int) -> tuple[int, ...]:
-    """Return `spread(full, …)` with `full` itself at its end, which need not be a multiple."""
+    """Return `spread(full, …)` that ends in `full` itself, whether or not it is a multiple."""
     return tuple(sorted({*spread(full, multiple, count - 1), full}))
 
 
 def below(limit: int, ranks: Iterable[Rank], params: Callable[[Rank], int]) -> tuple[Rank, ...]:
-    """Return the ranks with fewer than `limit` parameters, ascending in parameters."""
+    """Return the ranks with fewer than `limit` parameters, in ascending order of parameters."""
     counted = sorted((params(rank), rank) for rank in ranks)
     return tuple(rank for count, rank in counted if count < limit)
 
 
 def break_even(unit: int, dense: int) -> int:
-    """Return the largest rank at which `unit` parameters per rank are fewer than `dense`."""
+    """Return the largest rank at which `rank * unit` parameters are fewer than `dense`."""
     return max(0, math.ceil(dense / unit) - 1)
 
 

@@ -1,4 +1,4 @@
-"""What the layers with options beside the rank share: how one is made after a dense layer, and what it prints."""
+"""What factorised layers with a dense twin share: how one is modelled on a dense layer, and its repr."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class TwinLayer(nn.Module):
-    """A layer that is made after a dense one; the families say from which arguments, and with which values."""
+    """A layer modelled on a dense one; the subclasses say with which arguments and which values."""
 
     dense_type: ClassVar[type[nn.Module]]
     stages: ClassVar[Stages | None] = None
@@ -30,7 +30,7 @@ class TwinLayer(nn.Module):
     @property
     @abstractmethod
     def options(self) -> Options:
-        """The options beside the rank: `like(dense, rank=rank, **options)` is the twin of this layer."""
+        """The options besides the rank: `like(dense, rank=rank, **options)` is the twin of this layer."""
 
     @staticmethod
     @abstractmethod
@@ -56,6 +56,6 @@ class TwinLayer(nn.Module):
 
     @classmethod
     def _hollow(cls, dense: nn.Module, rank: Rank, device: Device, options: Mapping[str, Any]) -> Self:
-        """Return the layer without values, on the device of `dense` unless told another."""
+        """Return the empty layer, on the device of `dense` unless another is given."""
         check_type(cls, dense, cls.dense_type)
         return hollow(cls, dense, {**cls._arguments(dense), "rank": rank, **options}, device)

@@ -14,9 +14,9 @@ from scipy.sparse import csr_matrix
 from rankfold.errors import BudgetError
 
 Floats = NDArray[np.float64]
-ROUNDS = 200  # linear programs at most for the dual
-SETTLED = 1e-8  # part of the bound below which the dual has no more to gain
-TIED = 1e-9  # of the highest price of a group: what two equal prices may differ by
+ROUNDS = 200  # maximum number of linear programs for the dual
+SETTLED = 1e-8  # share of the bound below which the dual has nothing more to gain
+TIED = 1e-9  # by how much of a group's highest price equal prices may differ
 DEPTH = 2  # groups that are pinned one after the other
 STRICT = 1e4  # the solver's absolute tolerance of 1e-6 becomes 1e-10 of a limit
 ROOM = 1 + 1e-12  # for rounding in a sum of costs
@@ -60,15 +60,15 @@ def allocate(
 ) -> Allocation:
     """Choose one item per group: least sum of damages within one or several limits on the sums of costs.
 
-    `min sum_g d_g[i_g]` subject to `sum_g c_g[i_g, k] <= limit_k`. Items that another one of their group beats in every
-    respect are dropped; the Lagrangian dual bounds the damage from below and gives a first choice; a mixed-integer
-    program closes what is between them.
+    `min sum_g d_g[i_g]` subject to `sum_g c_g[i_g, k] <= limit_k`. Items that are beaten in every respect by another
+    one of their group are dropped; the Lagrangian dual bounds the damage from below and gives a first choice; a
+    mixed-integer program closes the gap between them.
 
     Args:
         costs: per group (items,) for one limit, (items, limits) for several; not negative.
         damages: per group (items,), not negative.
         limits: one number, or one per column of the costs.
-        gap: relative gap at which the search may end; the least of all is found with 1e-9.
+        gap: relative gap at which the search may end; 1e-9 finds the optimum.
         nodes: size of the search tree at which the search ends with the best choice found and its proven gap: a
             limit that, unlike one on time, gives the same result on every machine.
 
@@ -76,7 +76,7 @@ def allocate(
         The chosen indices with their damage, costs and proven gap.
 
     Raises:
-        BudgetError: even the cheapest items exceed a limit (the message says which cost is the closest), an empty
+        BudgetError: even the cheapest items exceed a limit (the message gives the closest cost), an empty
             group, or arrays that do not fit together.
 
     Reference:
@@ -132,7 +132,7 @@ def _groups(costs: Sequence[NDArray[np.number]], damages: Sequence[NDArray[np.nu
 
 
 def undominated(costs: Floats, damages: Floats) -> _Group:
-    """Drop the items that another is as good as, in damage and in every cost."""
+    """Drop every item that another one matches or beats in damage and in all costs."""
     order = np.lexsort((*costs.T[::-1], damages))
     if costs.shape[1] == 1:
         ahead = np.append(math.inf, np.minimum.accumulate(costs[order, 0])[:-1])
@@ -232,7 +232,7 @@ def _rounded(groups: list[_Group], multipliers: Floats, depth: int = DEPTH) -> l
     """Return a choice within the limits near the linear relaxation, with a damage close to it where steps are small.
 
     Next to the relaxed choice, repaired, the group that the relaxation splits between the most distant items is
-    pinned to either of them, and the other groups are relaxed and rounded anew around it.
+    pinned to either of them, and the other groups are relaxed and rounded again around it.
     """
     best = _repair(groups, _relaxed(groups, multipliers)[0])
     ends = [_ends(group, multipliers) for group in groups]

@@ -35,7 +35,7 @@ def energy(values: ArrayLike, keep: float) -> int:
     """Return the smallest rank whose leading values hold the share `keep` of the energy, `sum s_i^2`.
 
     Args:
-        values: singular values, in any order; a tensor on the CPU will do.
+        values: singular values, in any order: a list, an array or a tensor on the CPU.
         keep: 0 < keep <= 1. The relative error of that rank is at most `sqrt(1 - keep)`.
 
     Returns:
@@ -60,7 +60,7 @@ def energy(values: ArrayLike, keep: float) -> int:
 
 
 def stable_rank(values: ArrayLike) -> float:
-    """Return `||A||_F^2 / ||A||_2^2 = sum s_i^2 / s_1^2`: between 1 and the rank, blind to small singular values.
+    """Return `||A||_F^2 / ||A||_2^2 = sum s_i^2 / s_1^2`: between 1 and the rank, insensitive to small singular values.
 
     Args:
         values: singular values, in any order.
@@ -100,7 +100,7 @@ def evbmf(values: ArrayLike, shape: tuple[int, int], *, noise: float | None = No
         The rank (0 on pure noise), the variance of the noise, the shrunk singular values.
 
     Raises:
-        DecompositionError: more values than the smaller side, a negative noise; negative, NaN or Inf values.
+        DecompositionError: more values than the smaller side, a noise that is not above 0, negative, NaN or Inf values.
 
     Reference:
         Nakajima, Sugiyama, Babacan and Tomioka, JMLR 14 (2013): the global analytic solution.
@@ -177,7 +177,15 @@ def _threshold(alpha: float) -> float:
 
 
 def _checked(values: ArrayLike) -> Values:
-    checked = np.sort(np.asarray(values, dtype=np.float64).ravel())[::-1]
+    try:
+        given = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:  # a sparse tensor, one on a GPU or with a graph, words
+        raise DecompositionError(
+            "singular values must be numbers in a list, an array or a dense tensor on the CPU, got "
+            f"{type(values).__name__} ({error}): pass values.detach().cpu().float(), "
+            "or values.to_dense() of a sparse tensor"
+        ) from error
+    checked = np.sort(given.ravel())[::-1]
     if checked.size == 0 or not np.isfinite(checked).all() or checked[-1] < 0:
         raise DecompositionError("singular values are one or more finite numbers, none below 0")
     return checked

@@ -1,4 +1,4 @@
-"""Statistics of a model on data: what its layers are, what they cost, and what their inputs are like."""
+"""Statistics of a model on data: its layers, their costs, and the moments of their inputs."""
 
 from rankfold.stats._measure import measure
 from rankfold.stats._moments import Moments, add_product

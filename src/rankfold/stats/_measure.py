@@ -1,4 +1,4 @@
-"""Measure a model on data: which layers are called, what each costs, and what its inputs are like."""
+"""Measure a model on data: which layers are called, what each costs, and the moments of its inputs."""
 
 from __future__ import annotations
 
@@ -45,41 +45,41 @@ def measure(  # noqa: PLR0913
     memory: int = MEMORY,
     seed: int = 0,
 ) -> Stats:
-    """Run a model on data and return what was called, what it costs and, on request, what the inputs are like.
+    """Run a model on data and return its layers, what they cost and, on request, the moments of their inputs.
 
-    The model runs in eval mode without gradients. Its training flags, its buffers and torch's random
-    state are left as they were, after an interruption too. Calls and MACs are those of the first batch, MACs divided
-    by the batch size (the first dimension of the first tensor of the input). The MACs of the model are the larger of
-    what `torch.utils.flop_counter` sees and the sum over its layers.
+    The model runs in eval mode without gradients. Its training flags, its buffers and torch's random state are
+    restored, even after an interruption. Calls and MACs are those of the first batch, and MACs are divided by the batch
+    size (the first dimension of the first tensor of the input). The MACs of the model are those that
+    `torch.utils.flop_counter` counts or the sum over its layers, whichever is larger.
 
-    With `moments`, all batches run through the model, and every linear layer and convolution gets the mean of x and of
-    `x x^T` over its inputs x: sums in float64 of products of at most 8192 rows in float32 (float64 for float64 inputs).
-    Nothing else of the data is kept.
+    With `moments`, all batches run through the model, and the means of x and of `x x^T` over the inputs x of every
+    linear layer and convolution are taken: products of at most 8192 rows in float32 (float64 for float64 inputs),
+    summed in float64. Nothing else of the data is kept.
 
     Args:
         model: any module.
         loader: an iterable of batches: tensors, tuples with the inputs first, or mappings of keyword arguments. Without
-            `moments` the first alone is read.
+            `moments` only the first one is read.
         example: instead of a loader, the arguments of one call: a tensor, a tuple or a mapping.
-        moments: whether to read on and to keep moments of the layers' inputs.
-        batches: how many batches to read at most; all of them if None, which takes a loader that ends.
-        patches: inputs counted per image and convolution: 32 positions of the output, drawn one from each of as many
-            equal stretches of its raster, anew for each image and layer; all positions where there are no more.
-        mask: padding tokens that are not to be counted: the key of a tensor in mappings such as "attention_mask", or a
-            function of a batch; the tensor is (batch, tokens), True or 1 where a token counts. It applies to linear
-            layers whose inputs are (batch, tokens, n) or (batch * tokens, n).
-        loss: a function of the model's output and the batch's target (what stands behind the inputs, or under "labels")
-            to the mean loss of the samples of a batch. The moments then hold the mean squared gradients
-            of a sample's loss in each output of a layer, the diagonal of its Fisher information.
-        memory: bytes that all second moments together may take, 8 n^2 for n inputs of a layer; 2 GiB. The smallest
-            layers come first, and the others are named in `left_out`. The rows of a layer that wait to be multiplied
-            take at most half as much again, or one call's rows.
-        seed: seed of the positions of patches.
+        moments: whether to read the whole loader and take the moments of the layers' inputs.
+        batches: largest number of batches to read; all of them if None, for which the loader must end.
+        patches: number of output positions of a convolution that are counted per image, 32 by default: one is drawn
+            from each of as many equal parts of the raster, again for each image and layer; all if there are fewer.
+        mask: which tokens to count, so that padding is left out: the key of a tensor in mappings, such as
+            "attention_mask", or a function of a batch. The tensor is (batch, tokens), True or 1 where a token counts.
+            It applies to linear layers whose inputs are (batch, tokens, n) or (batch * tokens, n).
+        loss: a function of the model's output and the batch's target (what follows the inputs, or is under "labels")
+            that returns the mean loss over a batch. The moments then include the mean squared gradient of a sample's
+            loss in each output of a layer, the diagonal of its Fisher information.
+        memory: bytes for all second moments together, 2 GiB by default; a layer with n inputs takes 8 n^2. The smallest
+            layers come first, and those that do not fit are listed in `left_out`. The rows of a layer that wait to be
+            multiplied take at most half as much again, or as much as those of one call.
+        seed: seed for the positions of patches.
 
     Raises:
-        DataError: neither or both of loader and example are given, the loader is empty, a batch has another form, is
-            empty or makes NaN or Inf of a layer's input; an argument that only moments use.
-        LayerError: a lazy layer has not seen its first input yet.
+        DataError: neither or both of loader and example are given, the loader is empty, a batch is empty, has another
+            form or leads to NaN or Inf in the input of a layer, or an argument has no effect without `moments`.
+        LayerError: a lazy layer has no shape yet.
 
     Example:
         >>> import torch, rankfold
@@ -112,7 +112,7 @@ def measure(  # noqa: PLR0913
 
 
 def _read(loader: Iterable[Any] | None, example: Any, device: torch.device) -> Iterator[Batch]:
-    """Yield the batches of a loader, or an example as the only one, checked and on the device."""
+    """Yield the batches of a loader, or an example as the only batch, checked and on the device."""
     if loader is None:
         yield Batch(0, None, to_device(example_arguments(example), device))
         return
@@ -128,8 +128,8 @@ def _read(loader: Iterable[Any] | None, example: Any, device: torch.device) -> I
 
 
 def _length(loader: Iterable[Any] | None) -> int | None:
-    """Return how many batches a loader has, where it knows."""
-    with suppress(TypeError):  # of a DataLoader around an IterableDataset
+    """Return the number of batches of a loader if it knows."""
+    with suppress(TypeError):  # from a DataLoader of an IterableDataset
         return len(loader) if isinstance(loader, Sized) else None
     return None
 
@@ -144,14 +144,14 @@ def _first_pass(model: nn.Module, layers: Mapping[str, nn.Module], arguments: Ar
         stack.enter_context(counter)
         model(*args, **kwargs)
     batch_size = _batch_size(arguments)
-    # Still in eval mode: in train mode a spectral norm takes a step whenever the weight is read.
+    # Still in eval mode: in train mode a spectral norm would take a step whenever the weight is read.
     measured = {name: _layer_stats(layer, tuple(calls[name]), batch_size) for name, layer in layers.items()}
     macs = max(counter.get_total_flops() // 2 // batch_size, sum(layer.macs for layer in measured.values()))
     return Stats(measured, count_params(model), macs, batch_size)
 
 
 def _affordable(layers: Mapping[str, nn.Module], memory: int) -> tuple[dict[str, Sums], dict[str, str]]:
-    """Return sums to fill for the layers that the memory is enough for, and why the others have none."""
+    """Return empty sums for the layers that fit into the memory, and why the others have none."""
     sizes = {name: bytes_of(layer) for name, layer in layers.items()}
     left_out = {
         name: f"a {type(layers[name]).__name__} has no rows of inputs" for name in layers if sizes[name] is None
@@ -177,7 +177,7 @@ def _with_moments(stats: Stats, sums: Mapping[str, Sums], left_out: Mapping[str,
 def _add_batch(
     model: nn.Module, layers: Mapping[str, nn.Module], sums: Mapping[str, Sums], batch: Batch, request: Request
 ) -> None:
-    """Run the model on a batch and add what its layers get to their sums."""
+    """Run the model on a batch and add the inputs of its layers to their sums."""
     mask = mask_of(request.mask, batch)
     args, kwargs = batch.arguments
     with ExitStack() as stack:
@@ -197,7 +197,7 @@ def _add_batch(
 
 
 def _keeper(name: str, outputs: list[tuple[str, Tensor]]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    """Return a hook that keeps the output of a layer and passes on a copy, which may then be changed in place."""
+    """Return a hook that keeps the output of a layer and passes on a copy, which may be changed in place."""
 
     def keep(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         kept = output if output.requires_grad else output.detach().requires_grad_()
@@ -210,7 +210,7 @@ def _keeper(name: str, outputs: list[tuple[str, Tensor]]) -> Callable[[nn.Module
 def _loss_of(loss: Loss, output: Any, batch: Batch) -> Tensor:
     value = loss(output, to_device(batch_target(batch.value), _device_of(output)))
     if not isinstance(value, Tensor) or value.numel() != 1:
-        raise DataError(f"batch {batch.number}: loss= must return a tensor of one number, not {value!r:.80}")
+        raise DataError(f"batch {batch.number}: loss= must return a tensor of one number, got {value!r:.80}")
     if not value.requires_grad:
         raise DataError(f"batch {batch.number}: the loss does not depend on any measured layer of the model")
     if not torch.isfinite(value).all():
@@ -251,11 +251,11 @@ def _layer_stats(layer: nn.Module, calls: tuple[Call, ...], batch_size: int) -> 
 
 
 def _macs(layer: nn.Module, calls: tuple[Call, ...]) -> int:
-    """Return the multiply-adds of all calls; none for a kind whose cost is not known (it is never replaced)."""
+    """Return the multiply-adds of all calls; 0 for a kind of layer whose cost is not known (it is never replaced)."""
     if isinstance(layer, TiedHead):
         return layer.macs(calls)
     if is_factorised(layer):
-        # A twin without memory: costs depend on shapes alone.
+        # A copy on the meta device: costs depend on shapes only.
         twin: Any = copy.deepcopy(layer).to("meta")
         return int(type(twin).cost(twin.to_dense(), calls, rank=twin.rank, **twin.options).macs)
     return dense_cost(layer, calls).macs if isinstance(getattr(layer, "weight", None), Tensor) else 0

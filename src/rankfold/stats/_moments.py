@@ -1,4 +1,4 @@
-"""Second moments of the inputs of layers: added up chunk by chunk, made into a metric, written to a file."""
+"""Second moments of the inputs of layers: summed chunk by chunk, turned into a metric, written to a file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rankfold._common import json_text, read_tensors, write_tensors
 from rankfold.errors import DataError, StoreError
 from rankfold.layers import Metric, Rows, row_size
 
-PATCHES = 32  # per image; three thousand images with ten patches each did for VGG-16 (Zhang et al. 2016)
+PATCHES = 32  # per image; 3,000 images with 10 patches each were enough for VGG-16 (Zhang et al. 2016)
 MEMORY = 2**31
 CHUNK = 8192
 BLOCK = 512
-LEAST = 2  # a covariance takes two inputs
+LEAST = 2  # a covariance needs two inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,12 +27,12 @@ class Moments:
     """Means over the inputs of one layer.
 
     Attributes:
-        count: how many inputs: rows of a linear layer, patches of a convolution.
+        count: number of inputs: rows of a linear layer, patches of a convolution.
         second: (groups, n, n), float64: mean of `x x^T`, not centred.
         mean: (groups, n), float64: mean of x.
-        output_second: (out,), float64: mean squares of the outputs at the same positions, bias included.
-        rows: (out,), float64: mean squared gradients of the loss of one sample in each output over all positions;
-            None where no loss was given.
+        output_second: (out,), float64: mean square of each output at the same positions, bias included.
+        rows: (out,), float64: mean squared gradient of the loss of one sample in each output, over all positions; None
+            without a loss.
     """
 
     count: int
@@ -42,10 +42,10 @@ class Moments:
     rows: Tensor | None = field(default=None, repr=False)
 
     def metric(self, *, rows: bool = False) -> Metric | None:
-        """Return the metric of these inputs; None where there are too few of them to have a covariance.
+        """Return the metric of these inputs; None if they are too few for a covariance.
 
         Args:
-            rows: weight the errors of the outputs by the gradients of the loss.
+            rows: whether to weight the errors of the outputs by the gradients of the loss.
 
         Raises:
             DataError: there are no gradients.
@@ -60,15 +60,15 @@ class Moments:
 
 
 def shrunk(covariance: Tensor, count: int) -> Tensor:
-    """Return a covariance C of `count` inputs moved towards its diagonal: `(1 - a) C + a diag(C)`.
+    """Return a covariance C of `count` inputs shrunk towards its diagonal: `(1 - a) C + a diag(C)`.
 
-    The share `a = min(1, sum_ij (C_ii C_jj + C_ij^2) / (count sum_ij C_ij^2))` over all i != j is that of the least
-    expected squared error for normal inputs: near 0 for many or for strongly correlated inputs, 1 where what is off
-    the diagonal is noise. A positive semidefinite matrix stays one.
+    `a = min(1, sum_ij (C_ii C_jj + C_ij^2) / (count sum_ij C_ij^2))`, over all i != j, minimises the expected squared
+    error for normally distributed inputs: it is near 0 for many or strongly correlated inputs, and 1 if everything off
+    the diagonal is noise. A positive semidefinite matrix remains so.
 
     Args:
         covariance: (groups, n, n), symmetric.
-        count: inputs that it was estimated from.
+        count: number of inputs from which it was estimated.
 
     References:
         Ledoit and Wolf 2004; Schaefer and Strimmer 2005, target D.
@@ -89,7 +89,7 @@ def shrunk(covariance: Tensor, count: int) -> Tensor:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add `left^T right` to a float64 sum, in chunks of rows whose products have the type of the rows.
+    """Add `left^T right` to a float64 sum, multiplying chunks of rows in their own dtype.
 
     Args:
         total: (groups, m, n), float64, changed in place.
@@ -101,14 +101,14 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _add_square(total: Tensor, rows: Tensor) -> None:
-    """Add what is on and right of the diagonal blocks of `rows^T rows`: little more than half the work."""
+    """Add the diagonal blocks of `rows^T rows` and those to their right: little more than half the work."""
     for start in range(0, rows.shape[2], BLOCK):
         columns = slice(start, start + BLOCK)
         add_product(total[:, columns, start:], rows[:, :, columns], rows[:, :, start:])
 
 
 def _mirror(total: Tensor) -> None:
-    """Write below the diagonal what is above it."""
+    """Copy the entries above the diagonal to below it."""
     for start in range(0, total.shape[2], BLOCK):
         end = start + BLOCK
         total[:, end:, start:end] = total[:, start:end, end:].mT
@@ -117,10 +117,10 @@ def _mirror(total: Tensor) -> None:
 
 
 class Sums:
-    """The running sums of one layer; made at its first call, on the device of what it is called on."""
+    """The running sums of one layer, allocated at its first call on the device of its input."""
 
     def __init__(self) -> None:
-        """Start with nothing."""
+        """Start with no sums."""
         self.count = 0
         self.positions = 0
         self.waiting: list[Tensor] = []
@@ -141,7 +141,7 @@ class Sums:
             raise DataError("NaN or Inf, or numbers too large to be squared")
         if self.shift is None or self.second is None or self.mean is None or self.squares is None:
             groups, _, n = inputs.shape
-            # Products of float32 numbers far from zero would drown a small variance in their rounding.
+            # With float32 inputs far from zero, a small variance would be lost in rounding.
             self.shift = inputs.mean(1, keepdim=True)
             self.second = inputs.new_zeros(groups, n, n, dtype=torch.float64)
             self.mean = inputs.new_zeros(groups, n, dtype=torch.float64)
@@ -150,7 +150,7 @@ class Sums:
         self.squares += outputs.double().square().sum(0)
         self.count += inputs.shape[1]
         self.waiting.append(inputs - self.shift)
-        # Few rows at a time would cost more to add than to multiply; these take at most half the bytes of the sum.
+        # A few rows at a time would take longer to add than to multiply; these take at most half the bytes of the sum.
         if sum(part.shape[1] for part in self.waiting) >= min(CHUNK, inputs.shape[2]):
             self._add_waiting()
 
@@ -160,7 +160,7 @@ class Sums:
         self.waiting = []
 
     def add_gradients(self, gradients: Tensor, scale: float) -> None:
-        """Add the squares of gradients (count, out), each times a scale."""
+        """Add the squares of gradients (count, out), multiplied by a scale."""
         scaled = _where_float64_is(gradients).double() * scale
         if self.gradients is None:
             self.gradients = scaled.new_zeros(scaled.shape[1])
@@ -168,7 +168,7 @@ class Sums:
         self.positions += len(scaled)
 
     def moments(self) -> Moments | None:
-        """Return the means on the CPU, and use the sums up; None where nothing was added."""
+        """Return the means on the CPU, consuming the sums; None if nothing was added."""
         self._add_waiting()
         if self.shift is None or self.second is None or self.mean is None or self.squares is None:
             return None
@@ -186,7 +186,7 @@ def _where_float64_is(values: Tensor) -> Tensor:
 
 
 def bytes_of(layer: nn.Module) -> int | None:
-    """Return how many bytes the second moment of a layer takes; None for a kind that has none."""
+    """Return the size of a layer's second moment in bytes; None for a kind of layer that has none."""
     size = row_size(layer)
     return None if size is None else 8 * size[0] * size[1] ** 2
 
@@ -196,7 +196,7 @@ HEADER = "rankfold_moments"
 
 
 def write_moments(path: str | os.PathLike[str], moments: Mapping[str, Moments], texts: Mapping[str, str]) -> None:
-    """Write moments by layer name and further texts to one file, atomically.
+    """Write the moments of layers, by name, and further texts to one file, atomically.
 
     Raises:
         StoreError: the file can't be written.
@@ -212,11 +212,11 @@ def write_moments(path: str | os.PathLike[str], moments: Mapping[str, Moments], 
 
 
 def read_moments(path: str | os.PathLike[str]) -> tuple[dict[str, Moments], dict[str, str]]:
-    """Read what `write_moments` wrote, checking all of it.
+    """Read and check what `write_moments` wrote.
 
     Raises:
         FileNotFoundError: there is no such file.
-        StoreError: the file is damaged, or something else.
+        StoreError: the file is damaged or of another kind.
     """
     tensors, texts = read_tensors(path)
     counts = json_text(path, texts, HEADER)

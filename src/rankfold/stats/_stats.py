@@ -1,4 +1,4 @@
-"""What was measured of a model: plain data that can be printed, stored and compared."""
+"""The measured statistics of a model: plain data that can be printed, stored and compared."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ OPTIONAL = ("inputs", "ms")  # left out where no layer has a value
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What one layer is and what was seen of it.
+    """The type and size of one layer, and its calls.
 
     Attributes:
         kind: name of the layer's type.
         params: number of its parameters, bias included.
         macs: multiply-adds of all its calls in the batch, divided by the batch size.
-        calls: the shapes of every call, in order; empty where the layer was not called as a module.
-        moments: means over its inputs, where they were asked for and could be had.
+        calls: the shapes of all calls, in order; empty if the layer was not called as a module.
+        moments: moments of its inputs; None if they were not requested or not available.
     """
 
     kind: str
@@ -40,15 +40,15 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class Stats:
-    """What `measure` saw of a model; `print` shows it as a table, and a notebook does by itself.
+    """The statistics of a model that `measure` returns; `print` and notebooks show them as a table.
 
     Attributes:
-        layers: per name, every layer that a plan must name: factorisable ones and factorised ones.
-        params: number of parameters of the whole model, shared ones once, buffers not counted.
+        layers: by name, every layer that a plan must name: those that can be factorised and those that are.
+        params: number of parameters of the whole model, shared ones counted once, without buffers.
         macs: multiply-adds of the whole model on the batch, divided by the batch size.
         batch_size: first dimension of the first tensor of the input.
-        left_out: where moments were asked for, the layers without and why.
-        times: measured times of the layers, from `rankfold.latency.time_layers`; not part of files or JSON.
+        left_out: if moments were requested, the layers that have none, with the reason.
+        times: measured times of the layers, from `rankfold.latency.time_layers`; not saved to files or JSON.
     """
 
     layers: Mapping[str, LayerStats]
@@ -59,7 +59,7 @@ class Stats:
     times: LayerTimes | None = None
 
     def __str__(self) -> str:
-        """Return the layers as an aligned table, and below it what is known of the whole model."""
+        """Return the layers as an aligned table, followed by the whole model."""
         return "\n".join([text_table(*self._table(), left=LEFT), "", *self._totals()])
 
     def _repr_html_(self) -> str:
@@ -80,16 +80,16 @@ class Stats:
         return lines
 
     def metric(self, name: str, *, rows: bool = False) -> Metric | None:
-        """Return the metric of a layer's inputs; None where it has no moments, or too few inputs were seen.
+        """Return the metric of a layer's inputs; None if it has no moments or had too few inputs.
 
         The covariance of few inputs is shrunk towards its diagonal.
 
         Args:
-            name: a layer.
-            rows: weight its outputs by the mean squared gradients of the loss that `measure` was given.
+            name: name of the layer.
+            rows: whether to weight its outputs by the mean squared gradients of the loss that `measure` was given.
 
         Raises:
-            PlanError: no such layer.
+            PlanError: there is no such layer.
             DataError: no gradients were measured.
         """
         if name not in self.layers:
@@ -98,10 +98,10 @@ class Stats:
         return None if moments is None else moments.metric(rows=rows)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the statistics with their moments to one safetensors file, whole or not at all.
+        """Write the statistics with their moments to one safetensors file, atomically.
 
         Raises:
-            StoreError: the file can't be written; then an old one is intact.
+            StoreError: the file can't be written; an old file is then intact.
         """
         moments = {name: layer.moments for name, layer in self.layers.items() if layer.moments is not None}
         write_moments(path, moments, {"stats": self.to_json(), "left_out": json.dumps(dict(self.left_out))})
@@ -112,7 +112,7 @@ class Stats:
 
         Raises:
             FileNotFoundError: there is no such file.
-            StoreError: it is damaged or another kind of file.
+            StoreError: the file is damaged or of another kind.
         """
         moments, texts = read_moments(path)
         left_out = json_text(path, texts, "left_out")

@@ -1,4 +1,4 @@
-"""How long layers take: measured at a few ranks, and between them by interpolation. Plain numbers, no model."""
+"""Times of layers: measured at a few ranks and interpolated between them. Plain numbers, no model."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from rankfold._common import whole
+from rankfold._common import Rank, whole
 from rankfold.errors import DataError
-from rankfold.layers import Rank
 
-MOST_AXES = 2  # ranks with more entries are measured along their geometric mean
+MOST_AXES = 2  # ranks with more entries are measured by their geometric mean
 
 
 def coordinates(rank: Rank) -> tuple[float, ...]:
-    """Return where a rank lies in a table of times: its one or two entries, or the geometric mean of more."""
+    """Return the position of a rank in a table of times: its one or two entries, or the geometric mean of more."""
     entries = rank if isinstance(rank, tuple) else (rank,)
     if len(entries) <= MOST_AXES:
         return tuple(map(float, entries))
@@ -27,21 +26,21 @@ def coordinates(rank: Rank) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Curve:
-    """Times of one method with fixed options, at measured ranks, as shares of the time of the dense layer.
+    """Times of one method with fixed options at the measured ranks, relative to the dense layer.
 
-    A larger rank is more work, so what a measurement says otherwise is noise: `share` is monotone in every entry
-    of the rank, midway between the largest time seen up to a rank and the smallest seen from it on. Between measured
-    ranks it is (multi)linear; a rank that is no multiple of the grain takes as long as the next one that is.
+    A larger rank is more work, so a smaller time for it is noise: `share` increases in every entry of the rank. It is
+    midway between the largest time measured up to a rank and the smallest measured from that rank on. Between measured
+    ranks it is (multi)linear; a rank that is not a multiple of the grain takes as long as the next multiple.
 
     Args:
         method: method of the layer.
-        options: its options beside the rank.
-        axes: per entry of the rank, the measured values, ascending.
-        shares: time over the dense layer's for every combination of them, the last entry running fastest.
-        grain: ranks up to the next multiple of this were measured to take the same time.
+        options: its options besides the rank.
+        axes: the measured values of each entry of the rank, ascending.
+        shares: times divided by the dense layer's, for every combination of these values; the last entry runs fastest.
+        grain: ranks up to the next multiple of this take the same time, as measured.
 
     Raises:
-        DataError: axes that do not ascend, or another number of shares, or shares that are not positive.
+        DataError: an axis does not ascend, the number of shares does not fit, or a share is not positive.
 
     Example:
         >>> curve = Curve("svd", {}, ((16, 32, 64),), (0.3, 0.5, 0.9), grain=16)
@@ -60,11 +59,11 @@ class Curve:
         sizes = [len(axis) for axis in self.axes]
         ascending = all(a < b for axis in self.axes for a, b in itertools.pairwise(axis))
         if not sizes or not ascending or min(a for axis in self.axes for a in axis) <= 0:
-            raise DataError(f"measured ranks of {self.method!r} ascend from above zero, not {self.axes!r:.80}")
+            raise DataError(f"measured ranks of {self.method!r} must be > 0 and ascending, got {self.axes!r:.80}")
         if len(self.shares) != math.prod(sizes):
             raise DataError(f"{len(self.shares)} times of {self.method!r} for {math.prod(sizes)} measured ranks")
         if not all(math.isfinite(share) and share > 0 for share in self.shares):
-            raise DataError(f"times of {self.method!r} are finite and above zero, not {self.shares!r:.80}")
+            raise DataError(f"times of {self.method!r} must be finite and > 0, got {self.shares!r:.80}")
         whole(f"the grain of {self.method!r}", self.grain, error=DataError)
         object.__setattr__(self, "_smooth", _monotone(np.array(self.shares, dtype=np.float64).reshape(sizes)))
 
@@ -73,12 +72,12 @@ class Curve:
         values = self._smooth
         for axis, x in zip(self.axes, coordinates(rank), strict=True):
             end = math.ceil(x / self.grain) * self.grain if self.grain > 1 else x
-            values = _between(axis, min(end, max(x, axis[-1])), values)  # the last measured rank may be no whole step
+            values = _between(axis, min(end, max(x, axis[-1])), values)  # the last measured rank need not be a multiple
         return float(values)
 
 
 def _monotone(values: Any) -> Any:
-    """Return values that rise along every axis, midway between the two monotone bounds of those given."""
+    """Return values that increase along every axis, midway between the monotone upper and lower bounds of the input."""
     upper, lower = values.copy(), values.copy()
     for axis in range(values.ndim):
         upper = np.maximum.accumulate(upper, axis=axis)
@@ -87,7 +86,7 @@ def _monotone(values: Any) -> Any:
 
 
 def _between(axis: Sequence[float], x: float, values: Any) -> Any:
-    """Interpolate along the first dimension: constant below the first point, in proportion beyond the last."""
+    """Interpolate along the first dimension: constant below the first point, proportional beyond the last."""
     if x <= axis[0] or x >= axis[-1]:
         return values[0] if x <= axis[0] else values[-1] * (x / axis[-1])
     k = int(np.searchsorted(axis, x, side="right")) - 1
@@ -100,9 +99,9 @@ class CallTime:
     """One kind of call of a layer.
 
     Attributes:
-        dense: seconds of the dense layer for one call.
-        count: how often it is called so.
-        curves: times of what could stand for it.
+        dense: seconds per call of the dense layer.
+        count: number of such calls.
+        curves: times of the layers that could replace it.
     """
 
     dense: float
@@ -110,7 +109,7 @@ class CallTime:
     curves: tuple[Curve, ...]
 
     def curve(self, method: str, options: Mapping[str, Any]) -> Curve | None:
-        """Return the times of a method with some options; None where it was not measured."""
+        """Return the times of a method with these options; None if they were not measured."""
         same = (curve for curve in self.curves if curve.method == method and dict(curve.options) == dict(options))
         return next(same, None)
 
@@ -127,12 +126,12 @@ class LayerTime:
         return math.fsum(call.count * call.dense for call in self.calls)
 
     def grain(self, method: str, options: Mapping[str, Any]) -> int:
-        """Return what the ranks of a method are best rounded to: no smaller rank of the same step is faster."""
+        """Return the step to which ranks should be rounded: within a step, lower ranks are no faster."""
         curves = [call.curve(method, options) for call in self.calls]
         return math.lcm(1, *(curve.grain for curve in curves if curve is not None))
 
     def seconds(self, method: str, options: Mapping[str, Any], rank: Rank) -> float | None:
-        """Return the seconds of a choice in one pass; None where the method was not measured."""
+        """Return the seconds that a choice takes in one pass; None if the method was not measured."""
         total = 0.0
         for call in self.calls:
             curve = call.curve(method, options)
@@ -142,21 +141,21 @@ class LayerTime:
         return total
 
     def scaled(self, factor: float) -> LayerTime:
-        """Return the times of a machine that is slower by a factor."""
+        """Return all times multiplied by a factor."""
         return LayerTime(tuple(CallTime(factor * call.dense, call.count, call.curves) for call in self.calls))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where times were measured; times of two settings are not compared.
+    """Where times were measured; times from different settings are not compared.
 
     Attributes:
         runtime: "eager", "compile", "onnxruntime", or the name of a user's function.
         threads: threads per operation.
-        device: type of the device, "cpu" say.
-        hardware: what tells it from other devices of the type, and an allocator that the environment asks for.
+        device: type of the device, such as "cpu".
+        hardware: what distinguishes the device from others of its type, and allocator settings in the environment.
         torch: version of torch.
-        library: version of the runtime's library, where it is another.
+        library: version of the runtime's library, if that is not torch.
     """
 
     runtime: str
@@ -173,13 +172,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """The table of times that a budget on latency is planned with.
+    """The table of times used to plan for a budget on latency.
 
     Attributes:
-        layers: per name, the layers that were timed.
-        whole: seconds of the dense model.
+        layers: the layers that were timed, by name.
+        whole: seconds that the dense model takes.
         setting: where they were measured.
-        left_out: per name, why a layer was not timed.
+        left_out: why a layer was not timed, by name.
 
     Example:
         >>> curve = Curve("svd", {}, ((8, 16),), (0.4, 0.8))
@@ -195,7 +194,7 @@ class LayerTimes:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Return the table: per layer and method the milliseconds at the measured ranks."""
+        """Return the table: milliseconds at the measured ranks, per layer and method."""
         lines = [f"whole model: {1e3 * self.whole:.3f} ms ({self.setting})"]
         for name, layer in self.layers.items():
             lines.append(f"{name or '(model)'}: dense {1e3 * layer.dense:.3f} ms")

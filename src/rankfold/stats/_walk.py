@@ -1,4 +1,4 @@
-"""Which modules of a model a plan must name, and how to run a model without leaving a trace."""
+"""Find the modules that a plan must name, and run a model without leaving a trace."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rankfold.layers import TiedHead, factorisable, is_factorised
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield name and module of every layer that a plan must name, in the order of `named_modules`.
+    """Yield the name and module of every layer that a plan must name, in the order of `named_modules`.
 
-    A module that is registered under several names is yielded once, under its first name. The inside of
-    a factorised layer and of an `nn.MultiheadAttention` belongs to that layer and is not visited; nor is that of a
-    `TiedHead`, which is its embedding's.
+    A module registered under several names is yielded once, under its first name. The modules inside a factorised layer
+    or an `nn.MultiheadAttention` belong to that layer and are not visited, nor are those inside a `TiedHead`, which
+    belong to its embedding.
     """
     yield from _walk("", model, set())
 
@@ -38,17 +38,17 @@ def _walk(name: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[str, n
 
 
 def _has_layers_of_its_own(module: nn.Module) -> bool:
-    """Tell whether a user's subclass of a stock layer carries further layers (an adapter, say)."""
+    """Tell whether a user's subclass of a stock layer has further layers inside, such as an adapter."""
     return not (is_factorised(module) or isinstance(module, nn.MultiheadAttention | TiedHead))
 
 
 def count_params(module: nn.Module) -> int:
-    """Return the number of parameters of a module: shared ones once, uninitialised ones as none."""
+    """Return the number of parameters of a module; shared ones count once, uninitialised ones not at all."""
     return sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter))
 
 
 def count_bytes(module: nn.Module) -> int:
-    """Return the bytes of a module's state as it is saved: parameters and persistent buffers, shared ones once."""
+    """Return the size of a module's saved state in bytes: parameters and persistent buffers, shared ones once."""
     kept = (
         (key, value)
         for part in module.modules()
@@ -62,7 +62,7 @@ def count_bytes(module: nn.Module) -> int:
 
 @contextmanager
 def left_alone(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode without gradients; give back flags, buffers and random state as they were."""
+    """Run in eval mode without gradients; restore flags, buffers and random state afterwards."""
     buffers = [
         (module, key, buffer, buffer.clone())
         for module in model.modules()
@@ -73,7 +73,7 @@ def left_alone(model: nn.Module) -> Iterator[None]:
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
         with evaluating(model), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            # The fused path of the transformer layers reads weights without calling the layers that hold them.
+            # The fused path of the transformer layers reads weights without calling their layers.
             torch.backends.mha.set_fastpath_enabled(False)
             yield
     finally:
@@ -85,8 +85,8 @@ def left_alone(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Call what `torch.compile` returned as it was before: hooks see every layer, and nothing is compiled."""
+    """Run compiled modules in eager mode, so that hooks see every layer and nothing is compiled."""
     with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
-        # about the hooks of the counter, which do no harm to a model that runs eagerly
+        # about the counter's hooks, which do no harm in eager mode
         warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
         yield

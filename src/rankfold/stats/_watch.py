@@ -1,4 +1,4 @@
-"""The rows that layers get while a model runs: seen by hooks, at positions that a seed decides."""
+"""The rows of layers' inputs while a model runs, seen by hooks at positions determined by a seed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Request(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One batch as the loader yielded it, its number from 0, and the arguments that it stands for."""
+    """One batch: its number from 0, what the loader yielded, and the arguments of the call."""
 
     number: int
     value: Any
@@ -51,7 +51,7 @@ def check_request(request: Request, *, moments: bool) -> None:
 
 
 def mask_of(mask: Mask | None, batch: Batch) -> Tensor | None:
-    """Return the mask of a batch as flags."""
+    """Return the mask of a batch as a bool tensor."""
     if mask is None:
         return None
     value = batch.arguments[1].get(mask) if isinstance(mask, str) else mask(batch.value)
@@ -77,7 +77,7 @@ def watching(
     mask: Tensor | None,
     request: Request,
 ) -> Iterator[None]:
-    """Show the rows of every call of some layers while one batch runs."""
+    """Pass the rows of every call of some layers to a function while one batch runs."""
     calls: Counter[str] = Counter()
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
@@ -85,7 +85,7 @@ def watching(
             source = first_tensor((args, kwargs))
             if source is None:
                 return
-            # Independent of the model around the layer: two models side by side are seen at the same positions.
+            # Independent of the rest of the model, so that two models are seen at the same positions.
             seed = zlib.crc32(f"{request.seed}:{name}:{number}:{calls[name]}".encode())
             calls[name] += 1
             with torch.no_grad(), torch.autocast(source.device.type, enabled=False):
@@ -110,20 +110,22 @@ def observing(
 ) -> Iterator[Callable[[Any], dict[str, Rows]]]:
     """Yield a function that runs a model on one batch and returns the rows of some of its layers, by name.
 
-    Positions of patches depend on the seed, the name of the layer, the number of the batch since the block was
-    entered, and the number of the call in it: two models that are observed with the same seed on the same batches
-    are seen at the same positions, as long as the shapes are the same. Within the block the model is in eval mode and
-    runs without gradients; afterwards its flags, buffers and torch's random state are as they were.
+    The positions of patches depend on the seed, the name of the layer, the number of the batch within the `with` block
+    and the number of the call in it. Two models observed with the same seed on the same batches are therefore seen at
+    the same positions, as long as the shapes agree. Within the block the model is in eval mode and runs without
+    gradients; afterwards its flags, its buffers and torch's random state are restored.
 
     Args:
         model: any module.
-        names: linear layers or convolutions of the model, stock or factorised.
-        patches: as in `measure`.
-        mask: as in `measure`.
-        seed: seed of the positions.
+        names: names of linear layers or convolutions of the model, stock or factorised.
+        patches: number of output positions of a convolution to return per image.
+        mask: which tokens to return: the key of a tensor (batch, tokens) in mappings, such as "attention_mask", or a
+            function of a batch that returns one.
+        seed: seed for the positions.
 
     Raises:
-        DataError: a name that is no such layer; a batch of another form, or that makes NaN or Inf of a layer's input.
+        DataError: a name is not that of such a layer, or a batch has another form or leads to NaN or Inf in the input
+            of a layer.
 
     Example:
         >>> with observing(nn.Sequential(nn.Linear(8, 4)), ["0"]) as run:

@@ -1,4 +1,4 @@
-"""Walk a model and replace its modules: by a plan, back to dense, attention separated, BatchNorm folded."""
+"""Replace modules of a model: apply a plan, go back to dense, separate attention, fold BatchNorm."""
 
 from rankfold.surgery._apply import apply, densify, replace_block
 from rankfold.surgery._attention import separate_attention, with_named_projections

@@ -1,4 +1,4 @@
-"""Carry out a plan: a new model with other layers in place of those that the plan names."""
+"""Apply a plan: make a new model in which the layers that the plan names are replaced."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ from rankfold.surgery._attention import joined_attention, with_named_projections
 from rankfold.surgery._copies import copy_with
 from rankfold.surgery._huggingface import remember
 
-DENSE_TYPE = "_dense_type"  # the entry in a factorised layer of what it replaced, where that was no stock layer
+DENSE_TYPE = "_dense_type"  # attribute of a factorised layer: the type that it replaced, if that was no stock layer
 
 
 @dataclass(frozen=True, eq=False)
 class _Replacement:
-    """One layer to build; it holds all that a worker in another process needs."""
+    """One layer to build, with everything that a worker in another process needs."""
 
     name: str
     layer: nn.Module
@@ -76,27 +76,26 @@ def apply(
 ) -> nn.Module:
     """Return a new model with the plan's layers replaced; the model itself is not changed.
 
-    The plan is checked against the whole model before anything is built. Layers that the plan leaves dense
-    or doesn't name are copied. Where an embedding is replaced, the linear layer that has its very weight becomes its
-    `tied_head`. Weights that are replaced are never copied, and a module that occurs in
-    several places is replaced in all of them by one. Where a layer inside an `nn.TransformerEncoderLayer`
-    is replaced, the copy's fused inference path, which reads dense weights, is switched off. Where the plan names
-    a projection of an `nn.MultiheadAttention` ("attention.q_proj"), that attention is separated first, as
-    `separate_attention` does. A Hugging Face model keeps the plan in its configuration, which `save_pretrained`
-    writes; to load such a folder, see `rankfold.hub`.
+    The plan is checked against the whole model before anything is built. Layers that the plan leaves dense or doesn't
+    name are copied; weights that are replaced are never copied. A module that occurs in several places is replaced by
+    the same new layer in all of them. When an embedding is replaced, the linear layer that shares its weight becomes
+    its `tied_head`. When a layer inside an `nn.TransformerEncoderLayer` is replaced, the copy's fused inference path,
+    which reads dense weights, is switched off. When the plan names a projection of an `nn.MultiheadAttention`
+    ("attention.q_proj"), that attention is first separated as by `separate_attention`. A Hugging Face model keeps the
+    plan in its configuration, which `save_pretrained` writes; `rankfold.hub` loads it again.
 
     Args:
-        model: the model that the plan was made for, or one of the same shape.
+        model: the model that the plan was made for, or one with the same layers.
         plan: what becomes of each layer.
-        stats: what the plan was made from, where its metric is of anything but the weights.
-        init: "decompose" the weights, or draw them at "random" to train from scratch; by default what was planned.
-        seed: seed of whatever is random in a decomposition or an initialisation; by default that of the plan, which
-            gives its errors.
-        executor: build layers in parallel in this executor's workers; the result is the same.
-        blocks: what the plan was made from, where it chose a layer for a block: a plan names it, and holds no values.
+        stats: the statistics that the plan was made from; needed unless its metric is that of the weights.
+        init: "decompose" the weights, or draw new ones at "random" to train from scratch; by default what was planned.
+        seed: seed for random steps in decompositions and initialisations; by default that of the plan, with which the
+            errors are those that it predicts.
+        executor: an executor whose workers build layers in parallel; the result is the same.
+        blocks: the candidates that the plan was made with, if it chose a layer for a block; the plan has no values.
 
     Raises:
-        PlanError: the plan doesn't fit the model, or the statistics don't or lack what its metric needs.
+        PlanError: the plan or the statistics don't fit the model, or the statistics lack what the metric needs.
         LayerError: a weight can't be decomposed, or the model can't be copied together with its new layers.
 
     Example:
@@ -133,9 +132,9 @@ def apply(
 
 
 def replace_block(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
-    """Return a new model in which one layer stands for the block "first:last"; the model itself is not changed.
+    """Return a new model in which one layer replaces the block "first:last"; the model itself is not changed.
 
-    The layer takes the place of the first module, and identities that of the others.
+    The layer replaces the first module of the block, and identities replace the others.
 
     Raises:
         PlanError: the model has no such block.
@@ -150,12 +149,12 @@ def densify(model: nn.Module, *, methods: str | Collection[str] = ()) -> nn.Modu
     """Return a new model in which every factorised layer is the stock layer that computes the same function.
 
     The head of a low-rank embedding (`LowRankEmbedding.tied_head`) becomes an `nn.Linear` tied to the embedding's
-    weight, a separated attention an `nn.MultiheadAttention`, and what was a Conv1D of Hugging Face is one again. The
-    model itself is not changed.
+    weight, a separated attention becomes an `nn.MultiheadAttention`, and a layer that was a Conv1D of Hugging Face
+    becomes one again. The model itself is not changed.
 
     Args:
         model: any module.
-        methods: the methods whose layers become dense again, such as "svd_form"; all of them if empty.
+        methods: methods whose layers become dense again, such as "svd_form"; all methods if empty.
 
     Raises:
         LayerError: the model can't be copied together with its new layers.
@@ -185,7 +184,7 @@ def _may_be_tied(layer: Any) -> bool:
 
 
 def _following(embedding: Any, head: Any, job: _Replacement) -> dict[int, Any]:
-    """Return what takes the place of the head of an embedding, and of its bias wherever else that is held."""
+    """Return what replaces the head of an embedding, and its bias wherever else that is used."""
     bias: Any = False
     if head.bias is not None:
         bias = True if job.init == "random" else _corrected(head, embedding, job.metric)
@@ -196,7 +195,7 @@ def _following(embedding: Any, head: Any, job: _Replacement) -> dict[int, Any]:
 
 
 def _corrected(head: Any, embedding: Any, metric: Metric | None) -> Tensor:
-    """Return the bias `b + (W - W') E[x]` of a head for the table W' of an embedding; b where E[x] is not known."""
+    """Return the bias `b + (W - W') E[x]` of a head for the table W' of an embedding; b if E[x] is not known."""
     bias: Tensor = head.bias.detach()
     if metric is None:
         return bias
@@ -208,7 +207,7 @@ def _corrected(head: Any, embedding: Any, metric: Metric | None) -> Tensor:
 
 
 def _bias_of(head: Any, new: Any) -> dict[int, Any]:
-    """Return the new bias for the old one: other modules may hold it too, as the heads of BERT do."""
+    """Return the new bias for the old one, which other modules may have too, as in the heads of BERT."""
     return {} if head.bias is None else {id(head.bias): new.bias}
 
 
@@ -226,7 +225,7 @@ def _checked(  # noqa: PLR0913
     seed: int,
     stats: Stats | None,
 ) -> list[_Replacement]:
-    """Return what there is to build, once the whole plan is known to fit the model."""
+    """Return the layers to build, after checking that the whole plan fits the model."""
     refused = _refused(model, layers, heads, init)
     jobs = []
     for name, choice in plan.layers.items():
@@ -250,7 +249,7 @@ def _checked(  # noqa: PLR0913
 
 
 def _refused(model: nn.Module, layers: Mapping[str, nn.Module], heads: Mapping[str, str], init: Init) -> dict[str, str]:
-    """Return why some layers can't be replaced; an embedding with a tied head can where both layers can."""
+    """Return why some layers can't be replaced; an embedding and its tied head can only be replaced together."""
     refused = structural_refusals(model)
     for embedding, head in heads.items():
         unfit = _unfit(layers[head], init)
@@ -263,7 +262,7 @@ def _refused(model: nn.Module, layers: Mapping[str, nn.Module], heads: Mapping[s
 
 
 def _blocks(model: nn.Module, plan: Plan, blocks: Blocks, init: Init, seed: int) -> dict[int, nn.Module]:
-    """Return what takes the place of each module of the plan's blocks, by id."""
+    """Return what replaces each module of the plan's blocks, by id."""
     replaced: dict[int, nn.Module] = {}
     for name, choice in plan.layers.items():
         if not is_block(choice):
@@ -280,7 +279,7 @@ def _blocks(model: nn.Module, plan: Plan, blocks: Blocks, init: Init, seed: int)
 
 
 def _unfit(layer: nn.Module, init: Init) -> str | None:
-    """Return why a layer on its own can't be replaced; a random initialisation doesn't look at its values."""
+    """Return why a layer on its own can't be replaced; its values don't matter for a random initialisation."""
     if init == "random":
         return refusal(without_values(layer))
     if any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
@@ -306,7 +305,7 @@ def _build(job: _Replacement) -> nn.Module:
 
 
 def _refuse_captured(model: nn.Module, replaced: set[int]) -> None:
-    """Raise where a function kept on a module holds layers to be replaced: no copy of the model changes those."""
+    """Raise if a function stored on a module holds layers to be replaced: a copy of the model would still use them."""
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             if any(id(m) in replaced for captured in _captured(value) for m in captured.modules()):
@@ -319,6 +318,6 @@ def _refuse_captured(model: nn.Module, replaced: set[int]) -> None:
 def _captured(value: Any) -> Iterator[nn.Module]:
     """Yield the modules in the closure of a function; nothing for any other value."""
     for cell in getattr(value, "__closure__", None) or ():
-        with suppress(ValueError):  # a cell that was not filled yet
+        with suppress(ValueError):  # an empty cell
             if isinstance(cell.cell_contents, nn.Module):
                 yield cell.cell_contents

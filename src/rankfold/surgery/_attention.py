@@ -1,4 +1,4 @@
-"""Attention with packed projections made into layers that a plan can name, and back."""
+"""Separate the packed projections of an attention into layers that a plan can name, and join them again."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from rankfold.surgery._copies import copy_with
 def separate_attention(
     model: nn.Module, *, include: str | Sequence[str] = (), exclude: str | Sequence[str] = ()
 ) -> nn.Module:
-    """Return a new model in which each `nn.MultiheadAttention` has its projections as layers; the same function.
+    """Return a new model that computes the same, with the projections of each `nn.MultiheadAttention` as layers.
 
     The attention "attention" becomes a `rankfold.layers.SeparateAttention` with the layers "attention.q_proj",
-    "attention.k_proj", "attention.v_proj" and "attention.out_proj", which `measure`, `plan` and `compress` then see as
-    any other. It is called with the same arguments. The stock transformer layers no longer take their fused inference
-    path, which reads the packed weight. A plan that names these layers can be applied to the model as it was
-    too, and `load` takes that one as its skeleton; `densify` makes `nn.MultiheadAttention` of them again.
+    "attention.k_proj", "attention.v_proj" and "attention.out_proj", which `measure`, `plan` and `compress` treat like
+    any others. It takes the same arguments. The stock transformer layers no longer take their fused inference path,
+    which reads the packed weight. A plan that names these layers can also be applied to the original model, which is
+    also the skeleton for `load`; `densify` restores `nn.MultiheadAttention`.
 
     Args:
         model: any module; it is not changed.
-        include: names or patterns (`*`, `?`) of the only attentions to separate; all of them if empty.
+        include: names or patterns (`*`, `?`) of the attentions to separate; all attentions if empty.
         exclude: names or patterns of attentions to leave as they are.
 
     Raises:
@@ -46,12 +46,12 @@ def separate_attention(
 
 
 def with_named_projections(model: nn.Module, names: Collection[str]) -> nn.Module:
-    """Return the model with those attentions separated of which a projection is named; itself where there is none.
+    """Return the model with each attention separated of which a projection is named; the model itself if none is.
 
-    The new model holds the parameters of the old one, but for those of the separated attentions.
+    The new model shares the parameters of the old one, except those of the separated attentions.
 
     Raises:
-        LayerError: as `separate_attention` does.
+        LayerError: an attention is a subclass, has hooks, is parametrised, or shares a weight with another module.
     """
     attentions = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
     chosen = {name for name in attentions if any(_joined(name, part) in names for part in PROJECTIONS)}
@@ -59,16 +59,16 @@ def with_named_projections(model: nn.Module, names: Collection[str]) -> nn.Modul
 
 
 def joined_attention(model: nn.Module) -> nn.Module:
-    """Return the model with `nn.MultiheadAttention` for each separated one that is dense; itself where there is none.
+    """Return the model with every separated attention that is dense joined again; the model itself if there is none.
 
-    The new model holds the parameters of the old one, but for those of the joined attentions.
+    The new model shares the parameters of the old one, except those of the joined attentions.
     """
     separate = [module for module in model.modules() if isinstance(module, SeparateAttention) and module.is_dense]
     return copy_with(model, {id(module): module.to_dense() for module in separate}, shared=True) if separate else model
 
 
 def _separated(model: nn.Module, names: Collection[str]) -> dict[int, nn.Module]:
-    """Return what takes the place of the named attentions, by id."""
+    """Return what replaces the named attentions, by id."""
     owners = defaultdict(set)
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):

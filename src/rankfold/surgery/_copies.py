@@ -1,4 +1,4 @@
-"""Copies of a model in which some modules are others: never a module changed where it is."""
+"""Copy a model with some of its modules replaced; the original is never changed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rankfold.errors import LayerError
 from rankfold.layers import SeparateAttention, is_factorised
 from rankfold.surgery._huggingface import remember
 
-# The fused inference path reads `linear1.weight`, which a factorised layer rebuilds at every read: right but slow; and
-# the packed weight of an attention, which a separated one doesn't have. Where one is inside, these are switched off.
+# The fused inference path reads `linear1.weight`, which a factorised layer has to compute: correct but slow. It also
+# reads the packed weight of an attention, which a separated one doesn't have. It is switched off if either is inside.
 FUSED: Mapping[type[nn.Module], tuple[str, Any]] = MappingProxyType(
     {nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0), nn.TransformerEncoder: ("use_nested_tensor", False)}
 )
@@ -22,9 +22,9 @@ FUSED_BEFORE = "_fused_before_factorising"
 
 
 def copy_with(model: nn.Module, replacements: Mapping[int, nn.Module], *, shared: bool = False) -> nn.Module:
-    """Return a deep copy in which the modules of the given ids are replaced, and never copied.
+    """Return a deep copy in which the modules with the given ids are replaced, without copying those.
 
-    If `shared`, the copy holds the very parameters and buffers of the model: another structure over the same memory.
+    If `shared`, the copy has the same parameters and buffers as the model: another structure for the same memory.
 
     Raises:
         LayerError: the model can't be copied, or its copy lacks a new module.
@@ -52,7 +52,7 @@ def copy_with(model: nn.Module, replacements: Mapping[int, nn.Module], *, shared
 
 
 def _switch_fused_path(module: nn.Module) -> None:
-    """Make the stock transformer encoder call its layers while one must be called, and only then."""
+    """Switch the fused path of a stock transformer encoder off or on, as its layers require."""
     for kind, (flag, off) in FUSED.items():
         if isinstance(module, kind):
             if any(is_factorised(inner) or isinstance(inner, SeparateAttention) for inner in module.modules()):

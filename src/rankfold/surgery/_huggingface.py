@@ -1,4 +1,4 @@
-"""What a model of Hugging Face needs to be saved and loaded by its own means: its plan, in its configuration."""
+"""Save and load compressed Hugging Face models by their own methods: the plan is kept in the configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rankfold.errors import LayerError, RankfoldError, StoreError
 from rankfold.layers import BLOCKS, PROJECTIONS, SeparateAttention, TiedHead, is_factorised, tied_methods
 from rankfold.planning import Choice, Plan
 
-# transformers lets a method of quantisation replace layers before the weights are loaded, and finds it by this entry
+# transformers lets a quantisation method replace layers before the weights are loaded, and finds it by this entry
 ENTRY, METHOD = "quantization_config", "rankfold"
 TIES = ("_tied_weights_keys", "all_tied_weights_keys")  # where their models keep the names of tied parameters
 WEIGHT, FACTORS = ".weight", (".down.weight", ".up.weight")
@@ -21,12 +21,12 @@ Rebuild = Callable[[nn.Module, Plan], nn.Module]
 
 
 def remember(model: nn.Module) -> None:
-    """Write into the configuration of every Hugging Face model inside which layers are factorised, or that none is.
+    """Note in the configuration of every Hugging Face model inside which layers are factorised.
 
-    `save_pretrained` then writes it to the folder, and `from_pretrained` needs `register` to read it.
+    `save_pretrained` writes it to the folder, and `from_pretrained` needs `register` to read it.
 
     Raises:
-        LayerError: its configuration speaks of a quantised model.
+        LayerError: transformers has quantised the model.
     """
     retie(model)
     for module in _pretrained(model):
@@ -38,11 +38,13 @@ def remember(model: nn.Module) -> None:
             setattr(config, ENTRY, now)
         elif _is_ours(before):
             delattr(config, ENTRY)
-            vars(config).pop("_pre_quantization_dtype", None)  # of transformers 4: no JSON, and only beside the entry
+            vars(config).pop(
+                "_pre_quantization_dtype", None
+            )  # of transformers 4: not JSON, and of no use without the entry
 
 
 def description(model: nn.Module) -> dict[str, Any] | None:
-    """Return what the configuration of a model says of its layers; None where all of them are dense."""
+    """Return the entry for the configuration of a model; None if all of its layers are dense."""
     blocks = [name for name, module in model.named_modules() if type(module) in BLOCKS.values()]
     if blocks:
         return {"quant_method": METHOD, "block": blocks[0]}
@@ -51,7 +53,7 @@ def description(model: nn.Module) -> dict[str, Any] | None:
 
 
 def retie(model: nn.Module) -> None:
-    """Tell every Hugging Face model inside which parameters are tied now: factors, where a head follows its embedding.
+    """Update the names of tied parameters in every Hugging Face model inside: the factors of tied embeddings.
 
     `save_pretrained` then writes them once, and `from_pretrained` and `tie_weights` tie them.
     """
@@ -64,11 +66,11 @@ def retie(model: nn.Module) -> None:
 
 
 def _retied(known: Any, model: nn.Module) -> Any:
-    """Return the names of tied parameters, {target: source} or a list of targets, as the heads of a model are now."""
+    """Return the current names of tied parameters, {target: source} or a list of targets."""
     modules = dict(model.named_modules(remove_duplicate=False))
 
     def whole(name: str) -> str:
-        """Return the name of a weight for that of one of its factors."""
+        """Return the name of a weight from that of one of its factors."""
         layer = next((name.removesuffix(end) for end in FACTORS if name.endswith(end)), None)
         ours = _in_stages(modules.get(layer or ""))
         return f"{layer}{WEIGHT}" if layer and (ours or name.removesuffix(WEIGHT) not in modules) else name
@@ -90,10 +92,10 @@ def _in_stages(module: Any) -> bool:
 
 
 def plan_of(entry: Any) -> Plan:
-    """Return the plan that a configuration holds.
+    """Return the plan in a configuration.
 
     Raises:
-        StoreError: it holds none, or it stands for layers that no plan can build.
+        StoreError: there is none, or it has layers that replace whole blocks, which no plan can build.
         PlanError: the plan is damaged.
     """
     if not _is_ours(entry):
@@ -105,10 +107,10 @@ def plan_of(entry: Any) -> Plan:
 
 
 def register(rebuild: Rebuild) -> None:
-    """Make `from_pretrained` of transformers build the layers that a configuration names, until the process ends.
+    """Make `from_pretrained` of transformers build the layers named in a configuration, until the process ends.
 
     Args:
-        rebuild: returns the model with the plan's layers, without values.
+        rebuild: a function that returns the model with the plan's layers, without values.
 
     Raises:
         RankfoldError: transformers is missing or too old.
@@ -130,7 +132,7 @@ def register(rebuild: Rebuild) -> None:
             vars(self).update(entry)
 
     class RankfoldLayers(HfQuantizer):  # type: ignore[misc, unused-ignore]
-        """Replaces layers before the weights are loaded, and leaves a model that is not quantised."""
+        """Replaces layers before the weights are loaded; the result does not count as quantised."""
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
             plan = _fitting(plan_of(self.quantization_config), model)
@@ -158,7 +160,7 @@ def register(rebuild: Rebuild) -> None:
 
 
 def _tie(model: Any) -> None:
-    """Tie what is tied to the embeddings of a model without values: transformers does so only once they are loaded."""
+    """Tie the weights of heads to the embeddings; transformers would do so only after loading."""
     for target, source in (getattr(model, TIES[1], None) or {}).items():
         (layer, _, name), table = target.rpartition("."), model.get_submodule(source.rpartition(".")[0])
         if isinstance(table, nn.Embedding):
@@ -171,7 +173,7 @@ def _is_ours(entry: Any) -> bool:
 
 
 def _pretrained(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the outermost Hugging Face models: those inside share their configuration."""
+    """Yield the outermost Hugging Face models; those inside share their configuration."""
     if _is_pretrained(model):
         yield model
         return
@@ -194,7 +196,7 @@ def _choices(model: nn.Module) -> Iterator[tuple[str, Choice]]:
 
 
 def _fitting(plan: Plan, model: Any) -> Plan:
-    """Return the plan with the names that its layers have in this model: a head may have come or gone since."""
+    """Return the plan with the names of its layers in this model, which may have gained or lost a head."""
     modules = dict(model.named_modules())
     attentions = [name for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)]
     names = modules.keys() | {f"{name}.{part}" for name in attentions for part in PROJECTIONS}

@@ -29,9 +29,8 @@ from rankfold.errors import DataError, RankfoldError
 from rankfold.layers import is_factorised
 from rankfold.train._checkpoint import restore, snapshot
 from rankfold.train._fit import trained_groups
-from rankfold.train._recipe import Recipe
+from rankfold.train._recipe import STANDARD, Recipe
 
-STANDARD = Recipe()
 USED = ("optimizer", "schedule", "warmup", "only", "weight_decay", "clip", "seed", "progress")
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 INPUTS = ("student", "teacher")
@@ -126,7 +125,7 @@ def _checked(loader: Iterable[Any], epochs: int, lr: float, inputs: str, recipe:
     if unused:
         raise RankfoldError(f"Recipe({unused[0]}=…) has no meaning for blocks: leave it out, or use fit")
     if isinstance(loader, Tensor | Iterator):
-        raise DataError(f"loader is a DataLoader or a list of batches, which ends, not a {type(loader).__name__}")
+        raise DataError(f"loader must be a DataLoader or a list of batches, which ends, got a {type(loader).__name__}")
     data = list(loader)
     if not data:
         raise DataError("the loader is empty: it must yield at least one batch")

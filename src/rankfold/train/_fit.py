@@ -28,10 +28,8 @@ from rankfold.train._checkpoint import (
     write_checkpoint,
 )
 from rankfold.train._losses import Terms, combine, distillation_loss, logits_of, product_decay, task_loss
-from rankfold.train._recipe import Epoch, History, Recipe
+from rankfold.train._recipe import STANDARD, Epoch, History, Recipe
 from rankfold.train.lowrank._targets import unwrapped
-
-STANDARD = Recipe()
 
 
 def fit(
@@ -83,7 +81,8 @@ def fit(
         >>> history.epochs[-1].loss < history.epochs[0].loss
         True
     """
-    _check(model, teacher, epochs, lr, evaluates=evaluate is not None, recipe=recipe)
+    epochs, lr = whole("epochs", epochs), real("lr", lr, ends="()")
+    _check(model, teacher, evaluates=evaluate is not None, recipe=recipe)
     device = device_of(model)
     optimizer = recipe.build_optimizer(trained_groups(model, recipe.weight_decay, recipe.only), lr)
     state = State(model, optimizer, device, loader_generators(loader), method=recipe.method)
@@ -252,14 +251,10 @@ class _Session:
 def _check(
     model: nn.Module,
     teacher: nn.Module | None,
-    epochs: int,
-    lr: float,
     *,
     evaluates: bool,
     recipe: Recipe,
 ) -> None:
-    whole("epochs", epochs)
-    real("lr", lr, ends="()")
     if recipe.keeps_best and not evaluates:
         name = "keep_best" if recipe.keep_best else "promise"
         raise RankfoldError(f"{name} needs evaluate=: a function that returns the metric of a model")

@@ -134,6 +134,9 @@ class Recipe:
         return build(groups, lr)
 
 
+STANDARD = Recipe()
+
+
 @dataclass(frozen=True)
 class Epoch:
     """One epoch of training: means over its batches, with each term before weighting.

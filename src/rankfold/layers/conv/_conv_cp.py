@@ -35,7 +35,7 @@ def _stages(shape: ConvShape, rank: int, *, separable: bool = False) -> dict[str
 
 
 def _modes(shape: ConvShape, separable: bool) -> tuple[int, ...]:
-    """Return the extents of the tensor to decompose: out, in, and one per depthwise convolution."""
+    """Return the dims of the tensor to decompose: out, in, and one per depthwise convolution."""
     space = [math.prod(shape.kernel_size[a] for a in axes) for axes in _parts(shape.kernel_size, separable)]
     return (*shape.kernel_shape[:2], *space)
 
@@ -45,7 +45,7 @@ def _full_rank(shape: ConvShape, *, separable: bool = False) -> int:
 
 
 def _variants(shape: ConvShape) -> tuple[Options, ...]:
-    """Return none where CP is the SVD with stages too many: without axes of space, or without channels to mix."""
+    """Return nothing where CP would be the SVD with superfluous stages: no spatial axes, or no channels to mix."""
     if math.prod(shape.kernel_size) == 1 or shape.kernel_shape[:2] == (1, 1):
         return ()
     separable = len(axis_parts(shape.kernel_size)) > 1
@@ -122,7 +122,7 @@ def _errors(
     metric: GroupMetric | None = None,
     separable: bool = False,
 ) -> list[float]:
-    """Return estimates from short fits at a few ranks; in a metric with the output factor fitted in it."""
+    """Return estimates from short fits at a few ranks; in a metric, with the output factor fitted to that metric."""
     tensor = _tensor(kernel, separable)
     full = full_cp_rank(tensor.shape)
     inner = [rank for rank in ranks if rank < full]
@@ -134,7 +134,7 @@ def _errors(
 
 
 def _unfoldings(kernel: Tensor, *, separable: bool = False) -> tuple[Tensor, ...]:
-    """Return none: no spectrum tells the CP rank."""
+    """Return nothing: no spectrum reveals the CP rank."""
     del kernel, separable
     return ()
 
@@ -182,10 +182,13 @@ class CPConv1d(_CPConv):
     """A 1-D convolution as pointwise, depthwise, pointwise: the CP decomposition of its kernel.
 
     `weight[t, s, i] = sum_r up[t, r] down[r, s] depthwise[r, i]`, with rank * (in + k + out) weights. The
-    arguments are those of `nn.Conv1d`, then `rank` (of each group); `separable` changes nothing with one axis.
-    A bad rank raises a `LayerError`.
+    arguments are those of `nn.Conv1d`, then `rank` (of each group); `separable` makes no difference with one axis.
 
-    Reference: Lebedev et al. 2015, section 3.2; stable fit as in Phan et al. 2020.
+    Raises:
+        LayerError: a rank out of range.
+
+    Reference:
+        Lebedev et al. 2015, section 3.2; stable fit as in Phan et al. 2020.
 
     Example:
         >>> CPConv1d(8, 8, 3, rank=4)(torch.ones(1, 8, 10)).shape
@@ -201,10 +204,14 @@ class CPConv2d(_CPConv):
 
     `weight[t, s, i, j] = sum_r up[t, r] down[r, s] depthwise[r, i, j]`, with rank * (in + kh * kw + out) weights;
     with `separable=True`, `depthwise[r, i, j] = depthwise0[r, i] depthwise1[r, j]` in two convolutions and
-    rank * (in + kh + kw + out) weights. The arguments are those of `nn.Conv2d`, then `rank` (of each group).
-    A bad rank raises a `LayerError`. A CP rank may exceed the number of channels.
+    rank * (in + kh + kw + out) weights. The arguments are those of `nn.Conv2d`, then `rank` (of each group);
+    a CP rank may exceed the number of channels.
 
-    Reference: Lebedev et al. 2015, section 3.2; stable fit as in Phan et al. 2020.
+    Raises:
+        LayerError: a rank out of range.
+
+    Reference:
+        Lebedev et al. 2015, section 3.2; stable fit as in Phan et al. 2020.
 
     Example:
         >>> sum(p.numel() for p in CPConv2d(10, 10, 3, rank=3, separable=True, bias=False).parameters())
@@ -218,10 +225,14 @@ class CPConv2d(_CPConv):
 class CPConv3d(_CPConv):
     """A 3-D convolution as pointwise, depthwise, pointwise: the CP decomposition of its kernel.
 
-    The depthwise stage holds the whole kernel `(kd, kh, kw)`, or with `separable=True` one axis after the
-    other. The arguments are those of `nn.Conv3d`, then `rank` (of each group). A bad rank raises a `LayerError`.
+    The depthwise stage holds the whole kernel `(kd, kh, kw)`, or, with `separable=True`, one axis after the
+    other. The arguments are those of `nn.Conv3d`, then `rank` (of each group).
 
-    Reference: Lebedev et al. 2015, section 3.2; stable fit as in Phan et al. 2020.
+    Raises:
+        LayerError: a rank out of range.
+
+    Reference:
+        Lebedev et al. 2015, section 3.2; stable fit as in Phan et al. 2020.
 
     Example:
         >>> CPConv3d(4, 4, 3, padding="same", rank=3)(torch.ones(1, 4, 5, 5, 5)).shape

@@ -1,8 +1,8 @@
 """A convolution made of stock convolutions in a row: what the decompositions of its kernel share.
 
-A decomposition of a kernel is a row `ConvForm` of functions on one kernel `(out, in, kernel…)`;
-`FactorisedConv` makes a layer of it: groups, options, costs, initialisation, the way it is computed and the way back
-are the same for all of them.
+A `ConvForm` holds what is particular to one decomposition: functions of a single kernel `(out, in, kernel…)`.
+`FactorisedConv` turns it into a layer; groups, options, costs, initialisation, the forward pass and the way back to
+the dense layer are the same for all of them.
 """
 
 from __future__ import annotations
@@ -38,19 +38,27 @@ from rankfold.layers._metric import GroupMetric, corrected_bias, group_metrics
 from rankfold.layers._ranks import below, check_rank
 from rankfold.layers._twin import TwinLayer
 from rankfold.layers.conv._conv import ConvShape, chain_macs, convolve, dense_twin, grouped
-from rankfold.layers.conv._conv_plan import ChainPlan, Groups, Mode, constant_groups, merge, plan_chain, singles
+from rankfold.layers.conv._conv_schedule import (
+    ChainSchedule,
+    Groups,
+    Mode,
+    constant_groups,
+    merge,
+    schedule_chain,
+    singles,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 PLAIN = (Tensor, nn.Parameter)
-"""Types of tensors whose values are what they seem; others are quantised, sharded or traced."""
-MOST_PLANS = 1024
-"""Shapes of inputs that one layer remembers the plan of."""
+"""Tensor types that hold their values themselves; any other may be quantised, sharded or traced."""
+MOST_SCHEDULES = 1024
+"""Input shapes whose schedule one layer remembers."""
 
 
 def _mean_values(matrices: Tensor) -> Tensor:
-    """Return the root mean square of the singular values over a batch of matrices: its tails are their tails."""
+    """Return the root mean square of the singular values over a batch of matrices, whose tail energies it keeps."""
     if len(matrices) == 1:
         return singular_values(matrices[0])
     values: Tensor = torch.linalg.svdvals(matrices)
@@ -61,9 +69,9 @@ def _mean_values(matrices: Tensor) -> Tensor:
 class ConvForm:
     """How one decomposition writes a kernel as a chain of convolutions.
 
-    `factorise`, `errors` and `unfoldings` see one kernel `(out, in, kernel…)`, the first two also its metric;
-    `squared_norm` sees the weights of all stages, their groups in front. All but `variants` and `squared_norm` take
-    the options.
+    `factorise`, `errors` and `unfoldings` get one kernel `(out, in, kernel…)`, the first two its metric as well;
+    `squared_norm` gets the weights of all stages, each with a leading axis of groups. All but `variants` and
+    `squared_norm` take the options.
     """
 
     stages: Callable[..., Mapping[str, ConvShape]]
@@ -80,10 +88,10 @@ class FactorisedConv(TwinLayer):
     """A convolution as a chain of stock convolutions; the final classes name its form and its dense twin.
 
     The forward pass runs the stages one by one, or merges neighbouring ones and convolves with the product of their
-    kernels: whichever `plan` finds cheaper for the shape of the input, with or without gradients. The result is
-    the same to rounding. Stages are merged only while they are what this class made them: a stage that is
-    hooked (also by hooks on all modules), wrapped, parametrised, quantised, sharded or pruned to another shape is
-    run as it is, and so are all others. So are they where shapes are symbols, in an exported or compiled program.
+    kernels: whichever `schedule` finds cheaper for the shape of the input, with or without gradients. The result is
+    the same to rounding. Stages are merged only while they are exactly what this class built. As soon as one of them
+    is hooked (global hooks count too), wrapped, parametrised, quantised, sharded or pruned to another shape, all stages
+    run one by one. They also do where shapes are symbolic, in an exported or compiled program.
     """
 
     form: ClassVar[ConvForm]
@@ -121,8 +129,8 @@ class FactorisedConv(TwinLayer):
             self.add_module(name, place(conv, device))
         ends = combinations(range(len(stages) + 1), 2)
         self._merged = {(start, stop): merge(self._stages[start:stop]) for start, stop in ends if stop - start > 1}
-        self._plans: dict[tuple[Any, ...], Groups] = {}
-        self._unmerged: set[tuple[Any, ...]] = set()  # shapes that are a chain in either memory format
+        self._schedules: dict[tuple[Any, ...], Groups] = {}
+        self._unmerged: set[tuple[Any, ...]] = set()  # shapes for which the plain chain is best in either memory format
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -134,7 +142,7 @@ class FactorisedConv(TwinLayer):
         fresh_bias_(self.bias, shape.fan_in, generator)
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Conv gives it
-        """Convolve, stage by stage or with stages merged, as planned for this input."""
+        """Convolve, stage by stage or with stages merged, as scheduled for this input."""
         for start, stop in self._grouping(input):
             if stop - start == 1:
                 stage = self._modules[self._stage_names[start]]
@@ -144,34 +152,34 @@ class FactorisedConv(TwinLayer):
                 input = convolve(input, kernel, bias, self._merged[start, stop].shape)
         return input
 
-    def plan(self, input: Tensor | Sequence[int], training: bool | None = None) -> ChainPlan:
-        """Return how the layer is computed for an input, and what that costs.
+    def schedule(self, input: Tensor | Sequence[int], training: bool | None = None) -> ChainSchedule:
+        """Return how the layer would be computed for an input, and what that costs.
 
         Args:
-            input: the input, or its shape (batch, channels, space…) or (channels, space…); of an input that is
-                given, the memory format and whether it gets a gradient count too.
-            training: whether there is a backward pass, with gradients of the weights and of the input; by default,
-                what a call at this place does: for a shape, a gradient of the input is assumed where the weights have
-                one.
+            input: the input, or its shape (batch, channels, space…) or (channels, space…). For a tensor, its memory
+                format and whether it needs a gradient are taken into account.
+            training: whether a backward pass follows, with gradients of the weights and of the input. By default, what
+                a call here and now would do; given only a shape, the input is assumed to need a gradient where the
+                weights do.
 
         Example:
             >>> import rankfold
             >>> small = rankfold.layers.CPConv2d(1, 10, 3, rank=6)
             >>> large = rankfold.layers.CPConv2d(256, 256, 3, rank=256)
-            >>> small.plan((64, 1, 28, 28), training=True).way, large.plan((8, 256, 28, 28), training=True).way
+            >>> small.schedule((64, 1, 28, 28), training=True).way, large.schedule((8, 256, 28, 28), training=True).way
             ('rebuilt', 'chain')
         """
         given = input if isinstance(input, Tensor) else None
         mode = Mode(*self._mode(self._weights(), given))
         if training is not None:
             mode = mode._replace(weights=training, input=training)
-        return plan_chain(self._stages, tuple(given.shape if given is not None else input), mode)
+        return schedule_chain(self._stages, tuple(given.shape if given is not None else input), mode)
 
     def _grouping(self, input: Tensor) -> Groups:
-        """Return the groups of stages planned for an input, or the plain chain where stages may not be merged."""
+        """Return the groups of stages scheduled for an input, or the plain chain where stages may not be merged."""
         plain = type(input) in PLAIN
         asks = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        # this short way is felt in small models
+        # small models feel the cost of anything slower
         if plain and not asks and (input.shape, input.dtype) in self._unmerged:
             return self._chain
         weights = _stock_weights(self._modules, self._expected)
@@ -183,21 +191,23 @@ class FactorisedConv(TwinLayer):
         if hooks._has_any_global_hook() or torch._C._get_tracing_state():  # type: ignore[no-untyped-call]
             return self._chain
         key = (input.shape, mode)
-        groups = self._plans.get(key)
+        groups = self._schedules.get(key)
         if groups is None:
-            if len(self._plans) >= MOST_PLANS:
-                self._plans.clear()
+            if len(self._schedules) >= MOST_SCHEDULES:
+                self._schedules.clear()
                 self._unmerged.clear()
-            groups = self._plans[key] = self._planned(input.shape, Mode(*mode))
-            if all(self._planned(input.shape, Mode(last, itemsize=mode[-1])) == self._chain for last in (False, True)):
+            groups = self._schedules[key] = self._scheduled(input.shape, Mode(*mode))
+            if all(
+                self._scheduled(input.shape, Mode(last, itemsize=mode[-1])) == self._chain for last in (False, True)
+            ):
                 self._unmerged.add((input.shape, input.dtype))
         return groups
 
-    def _planned(self, shape: Sequence[int], mode: Mode) -> Groups:
-        return plan_chain(self._stages, tuple(shape), mode).groups
+    def _scheduled(self, shape: Sequence[int], mode: Mode) -> Groups:
+        return schedule_chain(self._stages, tuple(shape), mode).groups
 
     def _mode(self, weights: Sequence[Tensor], input: Tensor | None) -> tuple[bool, bool, bool, int]:
-        """Return the fields of a `Mode`; plain, since every call asks."""
+        """Return the fields of a `Mode` as a plain tuple: this runs on every call, and building a `Mode` is slower."""
         last, trained, wanted = any(map(is_channels_last, weights)), False, False
         if torch.is_grad_enabled():
             for weight in weights:
@@ -216,12 +226,12 @@ class FactorisedConv(TwinLayer):
 
     @property
     def rank(self) -> Rank:
-        """The rank this layer was built with; of each group, where there are groups."""
+        """The rank this layer was built with; where there are groups, that of each group."""
         return self._rank
 
     @property
     def options(self) -> Options:
-        """The options beside the rank: `like(dense, rank=rank, **options)` is the twin of this layer."""
+        """The options besides the rank: `like(dense, rank=rank, **options)` is the twin of this layer."""
         return dict(self._options)
 
     @property
@@ -265,7 +275,7 @@ class FactorisedConv(TwinLayer):
 
     @classmethod
     def rank_grid(cls, dense: nn.Module, *, multiple: int = 1, **options: Any) -> tuple[Rank, ...]:
-        """Return candidate ranks, ascending in parameters, all with fewer than the dense layer."""
+        """Return candidate ranks, in ascending order of parameters, all with fewer than the dense layer."""
         shape = ConvShape.of(dense)
 
         def params(rank: Rank) -> int:
@@ -287,8 +297,8 @@ class FactorisedConv(TwinLayer):
     ) -> tuple[float, ...]:
         """Return the relative error of the weight, or of the outputs in a metric, at each rank.
 
-        From one factorisation per group. In a metric, the errors of a channel split are those of `from_dense`; of the
-        other forms they are those of what it begins with, so that it reaches them or a little less.
+        One factorisation per group serves all ranks. In a metric, the errors of a channel split are those of
+        `from_dense`; for the other forms they are the errors of its starting point, on which it may improve a little.
         """
         kernels, full = cls._kernels(dense), cls.full_rank(dense, **options)
         checked = [check_rank(cls.__name__, rank, full) for rank in ranks]
@@ -296,7 +306,7 @@ class FactorisedConv(TwinLayer):
         squares, total = [0.0] * len(ranks), 0.0
         for kernel, group in zip(kernels, groups, strict=True):
             if metric is not None and group is None:
-                continue  # nothing that changes reaches its outputs
+                continue  # its inputs never vary, or its outputs carry no weight
             energy = float(kernel.square().sum()) if group is None else group.energy(kernel.flatten(1))
             if energy > 0:  # a group of zeros costs nothing
                 relative = cls.form.errors(kernel, checked, seed=seed, **_weighted(group), **options)
@@ -308,7 +318,7 @@ class FactorisedConv(TwinLayer):
 
     @classmethod
     def spectra(cls, dense: nn.Module, **options: Any) -> tuple[Spectrum, ...]:
-        """Return a spectrum per entry of the rank; of groups, the root mean square over them."""
+        """Return one spectrum per entry of the rank: with several groups, the root mean square over them."""
         kernels = [cls.form.unfoldings(kernel, **options) for kernel in cls._kernels(dense)]
         stacks = [torch.stack(matrices) for matrices in zip(*kernels, strict=True)]
         return tuple(Spectrum(_mean_values(stack), (stack.shape[1], stack.shape[2])) for stack in stacks)
@@ -319,7 +329,7 @@ class FactorisedConv(TwinLayer):
     ) -> Self:
         """Decompose the kernel of each group in float64; keeps options, dtype, device, mode and requires_grad.
 
-        In a metric the error of the outputs is made small; at full rank the kernel is reproduced in any.
+        In a metric, the error of the outputs is what is minimised; at full rank the kernel is reproduced in any case.
         """
         layer = cls._hollow(dense, rank, None, options)
         groups = group_metrics(cls, dense, metric)
@@ -351,7 +361,10 @@ def _weighted(group: GroupMetric | None) -> dict[str, GroupMetric]:
 def _stock_weights(
     modules: Mapping[str, Any], expected: Sequence[tuple[str, type[nn.Module], tuple[int, ...]]]
 ) -> list[Tensor] | None:
-    """Return the weights of the stages if each is what it was made as, so that they are all there is to it."""
+    """Return the weights of the stages, or None if any stage is no longer the plain convolution that was built.
+
+    Only then do the weights alone determine what the stages compute.
+    """
     weights: list[Tensor] = []
     for name, kind, shape in expected:
         stage = modules[name]
@@ -365,6 +378,6 @@ def _stock_weights(
 
 
 def _is_static(shape: Sequence[Any]) -> bool:
-    """Tell whether no size is a symbol, to a tracer: comparing a symbol would fix it."""
+    """Tell whether all sizes are known to the tracer; comparing a symbolic size would specialise the program to it."""
     known = getattr(torch.fx.experimental.symbolic_shapes, "has_static_value", None)  # not in early releases
     return known is not None and all([known(size) for size in shape])

@@ -1,4 +1,4 @@
-"""Convolutions as two: the singular value decomposition of the kernel, split by channels or by axes of space."""
+"""A convolution as two: the singular value decomposition of the kernel, split by channels or by spatial axes."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _errors(
     metric: GroupMetric | None = None,
     split: str = "channel",
 ) -> list[float]:
-    """Return tails of singular values; of the spatial split in a metric, what its start reaches."""
+    """Return tails of singular values; for the spatial split in a metric, the errors of the starting point."""
     first, second = axes_of(tuple(kernel.shape[2:]), split)
     if metric is None or not second:
         weighted = {} if metric is None else metric.arguments()
@@ -159,9 +159,13 @@ class LowRankConv1d(_LowRankConv):
 
     `weight[t, s, i] = sum_r up[t, r] down[r, s, i]`, the best approximation of this rank in the Frobenius
     norm. The arguments are those of `nn.Conv1d`, then `rank` (of each group), at most
-    min(out, in * k) of a group; `split` can only be "channel". A bad rank raises a `LayerError`.
+    min(out, in * k) of a group; `split` can only be "channel".
 
-    Reference: Zhang et al. 2016, section 3.1 (linear case).
+    Raises:
+        LayerError: a rank out of range, or a split that the kernel does not have.
+
+    Reference:
+        Zhang et al. 2016, section 3.1 (linear case).
 
     Example:
         >>> LowRankConv1d(8, 8, 3, rank=2)(torch.ones(1, 8, 10)).shape
@@ -173,14 +177,18 @@ class LowRankConv1d(_LowRankConv):
 
 @final
 class LowRankConv2d(_LowRankConv):
-    """A 2-D convolution as two: the truncated SVD of its kernel, by channels or by axes of space.
+    """A 2-D convolution as two: the truncated SVD of its kernel, split by channels or by spatial axes.
 
     `split="channel"`: `Conv2d(in, rank, (kh, kw))` then `Conv2d(rank, out, 1)`;
     `split="spatial"`: `Conv2d(in, rank, (kh, 1))` then `Conv2d(rank, out, (1, kw))`. Each is the best
     approximation of its form in the Frobenius norm. The arguments are those of `nn.Conv2d`, then `rank` (of
-    each group), at most min(out, in * kh * kw) or min(in * kh, out * kw). A bad rank or split raises a `LayerError`.
+    each group), at most min(out, in * kh * kw) or min(in * kh, out * kw).
 
-    Reference: Jaderberg et al. 2014, scheme 2 (spatial); Zhang et al. 2016, section 3.1 (channel).
+    Raises:
+        LayerError: a rank out of range, or a split that the kernel does not have.
+
+    Reference:
+        Jaderberg et al. 2014, scheme 2 (spatial); Zhang et al. 2016, section 3.1 (channel).
 
     Example:
         >>> layer = LowRankConv2d(8, 16, 3, padding=1, rank=4, split="spatial")
@@ -195,14 +203,18 @@ class LowRankConv2d(_LowRankConv):
 
 @final
 class LowRankConv3d(_LowRankConv):
-    """A 3-D convolution as two: the truncated SVD of its kernel, by channels or by axes of space.
+    """A 3-D convolution as two: the truncated SVD of its kernel, split by channels or by spatial axes.
 
     `split="channel"`: the whole kernel to `rank` channels, then 1x1x1. `split="spatial"`: the first axis whose
     kernel is longer than one (depth or time) goes first, `(kd, 1, 1)`, and the other axes follow together,
     `(1, kh, kw)`; a kernel `(1, kh, kw)` is therefore split as in 2-D. The arguments are those of
-    `nn.Conv3d`, then `rank` (of each group). A bad rank or split raises a `LayerError`.
+    `nn.Conv3d`, then `rank` (of each group).
 
-    Reference: Tran et al. 2018 (the factorisation of space and time, there in the other order).
+    Raises:
+        LayerError: a rank out of range, or a split that the kernel does not have.
+
+    Reference:
+        Tran et al. 2018 (space and time factorised, there in the other order).
 
     Example:
         >>> layer = LowRankConv3d(4, 6, 3, rank=5, split="spatial")

@@ -37,14 +37,14 @@ def _full_rank(shape: ConvShape) -> Pair:
 
 
 def _variants(shape: ConvShape) -> tuple[Options, ...]:
-    """Return none for a 1x1 kernel: Tucker is then the SVD with a stage too many."""
+    """Return nothing for a 1x1 kernel: Tucker would be the SVD with a superfluous stage."""
     return () if math.prod(shape.kernel_size) == 1 else ({},)
 
 
 def _candidates(shape: ConvShape, multiple: int) -> Iterator[Pair]:
     out, into = (spread_to_full(full, multiple, CANDIDATES_PER_AXIS) for full in _full_rank(shape))
     space = math.prod(shape.kernel_size)
-    # a rank beyond the size of the other unfolding of the core adds parameters and no function
+    # a rank beyond the size of the other unfolding of the core adds parameters but no expressiveness
     return ((r, s) for r in out for s in into if r <= s * space and s <= r * space)
 
 
@@ -60,7 +60,7 @@ def _factorise(
     else:
         result = metric_tucker(kernel, rank, **metric.arguments())
     up, down = result.factors
-    # The factors are orthonormal: the core alone carries the scale, until it is shared among the three.
+    # The factors are orthonormal, so the core carries all of the scale: share it among the three.
     scale = float(result.core.square().sum() / math.sqrt(rank[0] * rank[1])) ** (1 / 6) or 1.0
     pointwise = (1,) * (kernel.ndim - 2)
     down, up = (down * scale).T, up * scale
@@ -81,7 +81,7 @@ def _errors(
     seed: int,  # noqa: ARG001 - nothing is random
     metric: GroupMetric | None = None,
 ) -> list[float]:
-    """Return the errors of the truncated HOSVD; in a metric those of the HOSVD there, its core fitted."""
+    """Return the errors of the truncated HOSVD; in a metric, those of the HOSVD in it with the core fitted."""
     if metric is not None:
         return metric_tucker_errors(kernel, ranks, **metric.for_curves())
     surface = tucker_errors(kernel, modes=(0, 1))
@@ -134,9 +134,13 @@ class TuckerConv1d(_TuckerConv):
     """A 1-D convolution as pointwise, core, pointwise: the Tucker-2 decomposition of its kernel.
 
     `weight[t, s, i] = sum_{p, q} up[t, p] core[p, q, i] down[q, s]`. The arguments are those of
-    `nn.Conv1d`, then `rank = (out, in)` (of each group). A bad rank raises a `LayerError`.
+    `nn.Conv1d`, then `rank = (out, in)` (of each group).
 
-    Reference: Kim et al. 2016, section 3.1.
+    Raises:
+        LayerError: a rank out of range.
+
+    Reference:
+        Kim et al. 2016, section 3.1.
 
     Example:
         >>> TuckerConv1d(8, 8, 3, rank=(4, 2))(torch.ones(1, 8, 10)).shape
@@ -152,9 +156,13 @@ class TuckerConv2d(_TuckerConv):
 
     `weight[t, s, i, j] = sum_{p, q} up[t, p] core[p, q, i, j] down[q, s]`, fitted by HOOI; it has
     `in * q + p * q * kh * kw + out * p` weights. The arguments are those of `nn.Conv2d`, then
-    `rank = (out, in)` (of each group), at most (out, in). A bad rank raises a `LayerError`.
+    `rank = (out, in)` (of each group), at most (out, in).
 
-    Reference: Kim et al. 2016, section 3.1.
+    Raises:
+        LayerError: a rank out of range.
+
+    Reference:
+        Kim et al. 2016, section 3.1.
 
     Example:
         >>> layer = TuckerConv2d(64, 64, 3, stride=2, padding=1, rank=(16, 8))
@@ -170,9 +178,13 @@ class TuckerConv3d(_TuckerConv):
     """A 3-D convolution as pointwise, core, pointwise: the Tucker-2 decomposition of its kernel.
 
     The core holds the whole kernel `(kd, kh, kw)`. The arguments are those of `nn.Conv3d`, then
-    `rank = (out, in)` (of each group). A bad rank raises a `LayerError`.
+    `rank = (out, in)` (of each group).
 
-    Reference: Kim et al. 2016, section 3.1.
+    Raises:
+        LayerError: a rank out of range.
+
+    Reference:
+        Kim et al. 2016, section 3.1.
 
     Example:
         >>> TuckerConv3d(4, 4, 3, rank=(2, 2))(torch.ones(1, 4, 5, 5, 5)).shape

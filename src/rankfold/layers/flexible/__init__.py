@@ -1,1 +1,1 @@
-"""Layers that stand for a block: neurons with activation functions of their own."""
+"""Layers that replace a whole block: neurons that each have an activation function of their own."""

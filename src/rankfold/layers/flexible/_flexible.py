@@ -1,4 +1,4 @@
-"""A layer of neurons with activation functions of their own, in place of a whole stretch of a network."""
+"""One layer of neurons, each with its own activation function, that replaces a whole stretch of a network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPREAD = 0.5  # standard deviation of a fresh layer's coordinates, whose range i
 
 @final
 class FlexibleActivation(nn.Module):
-    """One trainable function per neuron, `g_k(u) = sum_d c_kd phi_d(u)`, linear outside -1 <= u <= 1 or its knots.
+    """One trainable function per neuron, `g_k(u) = sum_d c_kd phi_d(u)`, linear beyond [-1, 1] or the outermost knots.
 
     Args:
         rank: the number of neurons, the last dim of the input.
@@ -31,7 +31,7 @@ class FlexibleActivation(nn.Module):
             "spline" (cubic B-splines on `size - 3` equal intervals).
         size: the number of functions per neuron.
         element: "relu", "tanh" or "gelu" for one more function, `element(stretch * u + shift)`; "" for none.
-        device: where the parameters are.
+        device: where to put the parameters.
         dtype: of the parameters.
 
     Raises:
@@ -69,19 +69,19 @@ class FlexibleActivation(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Make every function the closest that its basis has to a ReLU, or the element itself where there is one."""
-        with torch.device("cpu"):  # wherever the parameters are, these few numbers are computed here
+        """Set every function to the element if there is one, or else to what is closest to a ReLU in the basis."""
+        with torch.device("cpu"):  # computed on the CPU, whatever the default device
             self.set_functions(*_first_functions(self.basis))
 
     def set_functions(self, coefficients: Tensor, shapes: Shapes) -> None:
-        """Take over coefficients (rank, columns), knots, stretches and shifts; one of each serves all neurons too."""
+        """Take over coefficients (rank, columns), knots, stretches and shifts; a single one of each is broadcast."""
         new = {"coefficients": coefficients, "knots": shapes.knots, "stretch": shapes.stretch, "shift": shapes.shift}
         for name, parameter in self.named_parameters():
             if not parameter.is_meta:
                 copy_(parameter, new[name].expand(parameter.shape))
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.ReLU gives it
-        """Apply to each entry of the last dim its function."""
+        """Apply to each entry of the last dim the function of its neuron."""
         c = self.coefficients.T.contiguous()  # columns, rank: rows that a kernel reads in one go
         output = _FAMILIES[self.basis.kind](input, c[: self.basis.size], self.knots)  # …, rank
         if self.stretch is not None and self.shift is not None:
@@ -103,7 +103,8 @@ def _first_functions(basis: Basis) -> tuple[Tensor, Shapes]:
         coefficients[-1] = 1.0
         return coefficients, shapes
     u = torch.linspace(-1, 1, 201, dtype=torch.float64)[:, None]
-    functions = torch.cat([values_of(basis, u, shapes)[:, 0], torch.ones_like(u)], 1)  # a constant fits along
+    # a constant is fitted too, and dropped
+    functions = torch.cat([values_of(basis, u, shapes)[:, 0], torch.ones_like(u)], 1)
     return torch.linalg.lstsq(functions, torch.relu(u), driver="gelsd").solution[:-1, 0], shapes
 
 
@@ -124,7 +125,7 @@ def _piecewise(u: Tensor, c: Tensor, knots: Tensor | None) -> Tensor:
 
 
 def _continued(ends: Sequence[Sequence[float]], inside: Tensor, u: Tensor, x: Tensor, c: Tensor) -> Tensor:
-    """Return the values at x, u cut off at [-1, 1], continued along the tangents at both ends."""
+    """Return the values at u, given those at x, which is u clamped to [-1, 1]: linear along the tangents beyond."""
     left, right = torch.tensor(ends, dtype=c.dtype, device=c.device) @ c  # slopes of the functions times coefficients
     return torch.addcmul(inside, u - x, torch.where(u > 0, right, left))
 
@@ -153,7 +154,7 @@ def _chebyshev(u: Tensor, c: Tensor, knots: Tensor | None) -> Tensor:
 
 
 def _odd_signs(slopes: Sequence[float]) -> list[float]:
-    """Return the slopes at -1 of polynomials of degree 1, 2, … that are odd and even in turn, from those at 1."""
+    """Return the slopes at -1 of polynomials of degree 1, 2, …, alternately odd and even, from those at 1."""
     return [slope if n % 2 == 0 else -slope for n, slope in enumerate(slopes)]
 
 
@@ -179,15 +180,15 @@ _FAMILIES = {"piecewise": _piecewise, "legendre": _legendre, "chebyshev": _cheby
 
 
 class FlexibleLayer(nn.Module):
-    """What flexible layers share: two stages of a stock kind without a kernel, and the activations between them.
+    """What flexible layers share: two pointwise stock layers with the activations between them.
 
-    The families say what the stages are, and along which dim of their values the neurons are.
+    The final classes say what the stages are, and which dim the neurons lie along.
     """
 
     method: ClassVar[str] = "flexible"
     dense_type: ClassVar[type[nn.Module]]
     kernel: ClassVar[tuple[int, ...]] = ()
-    """What the constructor of a stage takes after its two sizes."""
+    """Positional arguments of a stage's constructor after its two sizes."""
 
     down: Any
     up: Any
@@ -204,9 +205,9 @@ class FlexibleLayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw fresh values: coordinates well inside [-1, 1] and the output variance of a dense layer, for white input.
+        """Draw fresh values: for white input, coordinates well inside [-1, 1] and the output variance of a dense layer.
 
-        The activations begin as `FlexibleActivation.reset_parameters` says.
+        The activations are reset as in `FlexibleActivation.reset_parameters`.
         """
         self.activation.reset_parameters()
         if self.down.weight.is_meta:
@@ -225,7 +226,7 @@ class FlexibleLayer(nn.Module):
 
     @classmethod
     def from_linear(cls, layer: FlexibleLinear) -> Self:
-        """Return a layer that computes along its dim what a `FlexibleLinear` does along the last; values are copied."""
+        """Return a layer that does along its channels what `FlexibleLinear` does along the last dim; copies values."""
         make: Any = cls
         (out, _), (_, into) = layer.up.weight.shape, layer.down.weight.shape
         where: dict[str, Any] = {"device": "meta", "dtype": layer.down.weight.dtype}
@@ -249,7 +250,7 @@ class FlexibleLayer(nn.Module):
 
     @classmethod
     def cost(cls, into: int, out: int, rows: int, *, rank: int, **options: Any) -> Cost:
-        """Return the parameters of such a layer, and its multiply-adds for so many rows or positions (both factors)."""
+        """Return the parameters of such a layer and the multiply-adds of both factors over `rows` rows or positions."""
         make: Any = cls
         twin: nn.Module = make(into, out, device="meta", rank=rank, **options)
         params = sum(parameter.numel() for parameter in twin.parameters())
@@ -258,17 +259,17 @@ class FlexibleLayer(nn.Module):
 
 @final
 class FlexibleLinear(FlexibleLayer):
-    """A stretch of a network as one layer of neurons with activations of their own, `f(x) = W g(V^T x + a) + b`.
+    """A stretch of a network as one layer of neurons, each with its own activation: `f(x) = W g(V^T x + a) + b`.
 
     `Linear(in, rank)`, `FlexibleActivation(rank, basis)`, `Linear(rank, out)`: rank * (in + out + 1) weights and a
-    few per neuron for its function. It stands for several layers at once (`rankfold.train.decouple` finds it from
-    data) or is trained from scratch.
+    few per neuron for its function. It replaces several layers at once (`rankfold.train.decouple` fits it to data) or
+    is trained from scratch.
 
     Args:
         in_features: size of the input's last dim.
         out_features: size of the output's last dim.
         bias: whether the output has a bias.
-        device: where the parameters are.
+        device: where to put the parameters.
         dtype: of the parameters.
         rank: the number of neurons.
         basis: as in `FlexibleActivation`.

@@ -1,4 +1,4 @@
-"""Flexible layers over the channels of images, in place of convolutions with kernel 1 and functions between them."""
+"""Flexible layers over the channels of images, which replace 1x1 convolutions and the functions between them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POINTWISE = {"kernel_size": 1, "stride": 1, "padding": 0, "groups": 1}
 
 
 class _FlexibleConv(FlexibleLayer):
-    """What flexible layers over channels share; the families say how many axes of positions there are."""
+    """What flexible layers over channels share; the final classes say how many spatial axes there are."""
 
     kernel: ClassVar[tuple[int, ...]] = (1,)
     channels: ClassVar[int]
@@ -40,7 +40,7 @@ class _FlexibleConv(FlexibleLayer):
         self.in_channels, self.out_channels = in_channels, out_channels
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Conv2d gives it
-        """Apply both factors and the activations between them, at each position alone."""
+        """Apply both factors and the activations between them, position by position."""
         coordinates = self.down(input)  # …, rank, *positions
         hidden = self.activation(coordinates.movedim(self.channels, -1)).movedim(-1, self.channels)  # the same
         output: Tensor = self.up(hidden)  # …, out, *positions
@@ -53,7 +53,7 @@ class _FlexibleConv(FlexibleLayer):
 
 @final
 class FlexibleConv1d(_FlexibleConv):
-    """`FlexibleLinear` over the channels of (N, C, L) or (C, L): convolutions of kernel 1, at each position alone.
+    """`FlexibleLinear` over the channels of (N, C, L) or (C, L): convolutions of kernel 1, position by position.
 
     See `FlexibleConv2d`.
 
@@ -68,16 +68,16 @@ class FlexibleConv1d(_FlexibleConv):
 
 @final
 class FlexibleConv2d(_FlexibleConv):
-    """`FlexibleLinear` over the channels of (N, C, H, W) or (C, H, W), at each position alone.
+    """`FlexibleLinear` over the channels of (N, C, H, W) or (C, H, W), position by position.
 
-    `Conv2d(in, rank, 1)`, `FlexibleActivation(rank, basis)`, `Conv2d(rank, out, 1)`. It stands for several 1x1
-    convolutions with functions between them (`rankfold.train.decouple` finds it from data) or is trained from scratch.
+    `Conv2d(in, rank, 1)`, `FlexibleActivation(rank, basis)`, `Conv2d(rank, out, 1)`. It replaces several 1x1
+    convolutions and the functions between them (`rankfold.train.decouple` fits it to data) or is trained from scratch.
 
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
         bias: whether the output has a bias.
-        device: where the parameters are.
+        device: where to put the parameters.
         dtype: of the parameters.
         rank: the number of neurons.
         basis: as in `FlexibleActivation`.
@@ -99,7 +99,7 @@ class FlexibleConv2d(_FlexibleConv):
 
 @final
 class FlexibleConv3d(_FlexibleConv):
-    """`FlexibleLinear` over the channels of (N, C, D, H, W) or (C, D, H, W), at each position alone.
+    """`FlexibleLinear` over the channels of (N, C, D, H, W) or (C, D, H, W), position by position.
 
     See `FlexibleConv2d`.
 
@@ -113,7 +113,7 @@ class FlexibleConv3d(_FlexibleConv):
 
 
 def pointwise_twin(layer: Any) -> nn.Linear:
-    """Return the linear layer that a layer of a block applies to each row or position; its weights are the layer's.
+    """Return the linear layer that a layer of a block applies to each row or position, sharing its weights.
 
     Raises:
         LayerError: neither a linear layer nor a convolution of kernel 1, or one with a stride, padding or groups.
@@ -134,7 +134,7 @@ def pointwise_twin(layer: Any) -> nn.Linear:
         if any(value != wanted for value in values) and not isinstance(given, str):
             raise LayerError(
                 f"a {type(layer).__name__} with {name}={given} does not see each position alone: a flexible layer "
-                "stands for convolutions with kernel 1, stride 1, no padding and no groups"
+                "replaces convolutions with kernel 1, stride 1, no padding and no groups"
             )
     twin = nn.Linear(layer.in_channels, layer.out_channels, device="meta")
     twin.weight = nn.Parameter(layer.weight.detach().flatten(1), requires_grad=False)

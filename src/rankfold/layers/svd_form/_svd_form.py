@@ -1,4 +1,4 @@
-"""Layers in SVD form, U diag(s) Vᵀ with s a parameter of its own: what a network trains in to find its ranks."""
+"""Layers in SVD form, U diag(s) Vᵀ with s a parameter: the form in which a network trains to find its ranks."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 class SVDForm(TwinLayer):
     """A layer whose weight is U diag(s) Vᵀ; the final classes say which plain low-rank layer it becomes.
 
-    The stages are those of the plain layer: `down` holds Vᵀ and `up` holds U and the bias; `scale` holds s, the
-    values of one group after the other. The forward multiplies the weight of `down` by s itself, not by two roots of
-    it, whose slope at 0 is infinite. Where one product U diag(s) Vᵀ and the dense layer take fewer multiply-adds than
-    the two stages, as near full rank on a large input, it computes that instead. Nothing keeps U and V orthonormal
-    or s positive but the training.
+    The stages are those of the plain layer: `down` holds Vᵀ, `up` holds U and the bias, and `scale` holds s, one group
+    after the other. The forward pass multiplies the weight of `down` by s itself rather than both factors by its root,
+    whose slope at 0 is infinite. Where rebuilding U diag(s) Vᵀ and applying it takes fewer multiply-adds than the two
+    stages, as it does near full rank on a large input, that is done instead. Only the training keeps U and V
+    orthonormal and s positive.
     """
 
     method: ClassVar[str] = "svd_form"
@@ -45,7 +45,7 @@ class SVDForm(TwinLayer):
     scale: nn.Parameter
 
     def _take_stages(self, plain: Any, shape: tuple[int, ...], device: Device) -> None:
-        """Take over the stages of a plain layer without values, and draw fresh ones; `shape` is that of the weight."""
+        """Take over the empty stages of a plain layer and draw fresh values; `shape` is that of the weight."""
         self._shape = shape
         self.down, self.up = place(plain.down, device), place(plain.up, device)
         weight: Tensor = self.down.weight
@@ -55,7 +55,7 @@ class SVDForm(TwinLayer):
     @property
     @abstractmethod
     def _groups(self) -> int:
-        """Number of groups, each with a U, an s and a Vᵀ of its own."""
+        """The number of groups, each with its own U, s and Vᵀ."""
 
     @property
     def weight(self) -> Tensor:
@@ -64,7 +64,7 @@ class SVDForm(TwinLayer):
         return folded((left * values[:, None, :]) @ right, self._shape, **self.options)
 
     def _rebuilt(self, shape: tuple[int, ...]) -> Tensor | None:
-        """Return the dense weight where it pays to rebuild it for an input of this shape, else None."""
+        """Return the dense weight where rebuilding it pays off for an input of this shape, or None."""
         if getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)():
             return None  # an exported program must not depend on the size of its example
         left, _, right = self.triplets()
@@ -82,7 +82,7 @@ class SVDForm(TwinLayer):
 
     @property
     def rank(self) -> Rank:
-        """The rank this layer was built with; of each group, where there are groups."""
+        """The rank this layer was built with; where there are groups, that of each group."""
         return int(self.scale.shape[0]) // self._groups
 
     def triplets(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,9 +102,10 @@ class SVDForm(TwinLayer):
 
     @torch.no_grad()
     def truncated(self, rank: int) -> nn.Module:
-        """Return the plain low-rank layer of the `rank` largest `abs(s)`, with its root in each factor.
+        """Return the plain low-rank layer that keeps the `rank` largest `abs(s)`, with their roots in each factor.
 
-        It is the best of its rank where U and V are orthonormal; `plain.from_dense(self.to_dense(), rank=rank)` always.
+        It is the best layer of that rank if U and V are orthonormal; `plain.from_dense(self.to_dense(), rank=rank)`
+        is the best in any case.
         """
         check_rank(type(self).__name__, rank, self.rank)
         dense = take_over(self._hollow_dense("meta"), self.up).train(self.training)
@@ -120,7 +121,7 @@ class SVDForm(TwinLayer):
         return layer  # type: ignore[no-any-return]
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw a fresh dense weight and take its SVD, of a norm that gives output variance 1/3 for white input."""
+        """Take the SVD of a fresh dense weight, scaled to an output variance of 1/3 for white input."""
         if self.scale.is_meta:
             return
         groups, fan_in = self._groups, math.prod(self._shape[1:])
@@ -140,7 +141,7 @@ class SVDForm(TwinLayer):
         return dense
 
     def write_triplets(self, left: Tensor, values: Tensor, right: Tensor) -> None:
-        """Give the layer this U (groups, rows, rank), s (groups, rank) and Vᵀ (groups, rank, columns)."""
+        """Set U (groups, rows, rank), s (groups, rank) and Vᵀ (groups, rank, columns)."""
         copy_(self.scale, values.reshape(-1))
         _write(self, left, right)
 
@@ -153,7 +154,7 @@ class SVDForm(TwinLayer):
 
     @classmethod
     def variants(cls, dense: nn.Module) -> tuple[Options, ...]:  # noqa: ARG003 - the same for every layer
-        """Return nothing: it is a form to train in, and costs more than the plain low-rank layer of the same rank."""
+        """Return nothing: this form is for training, and costs more than the plain low-rank layer of the same rank."""
         return ()
 
     @classmethod
@@ -170,7 +171,7 @@ class SVDForm(TwinLayer):
 
     @classmethod
     def cost(cls, dense: nn.Module, calls: Sequence[Call], *, rank: Rank, **options: Any) -> Cost:
-        """Return the parameters, s among them, and per call the multiply-adds of the way that `forward` takes."""
+        """Return the parameters, s included, and the multiply-adds of what `forward` does for each call."""
         checked = cls._checked(dense, rank, options)
         plain = _plain(cls).cost(dense, (), rank=checked, **options)
         macs = sum(cls._macs(dense, call, checked, options) for call in calls)
@@ -188,7 +189,7 @@ class SVDForm(TwinLayer):
     @staticmethod
     @abstractmethod
     def _rows(layer: Any, shape: tuple[int, ...]) -> int:
-        """Return about how many rows of output an input of this shape gives: what the way is chosen by."""
+        """Return roughly how many output rows an input of this shape has, which decides how it is computed."""
 
     @staticmethod
     @abstractmethod
@@ -201,7 +202,7 @@ class SVDForm(TwinLayer):
     ) -> tuple[float, ...]:
         """Return the relative error of the weight at each rank, from its singular values.
 
-        In a metric it is that of the outputs, of the same SVD: measured at a few ranks, interpolated between them.
+        In a metric, it is the error that the same SVD makes in the outputs: measured at a few ranks and interpolated.
         """
         checked = [cls._checked(dense, rank, options) for rank in ranks]
         if metric is None:
@@ -214,7 +215,7 @@ class SVDForm(TwinLayer):
 
     @classmethod
     def spectra(cls, dense: nn.Module, **options: Any) -> tuple[Spectrum, ...]:
-        """Return the singular values of the unfolded weight; of groups, the root mean square over them."""
+        """Return the singular values of the unfolded weight: with several groups, the root mean square over them."""
         return _plain(cls).spectra(dense, **options)
 
     @classmethod
@@ -229,9 +230,9 @@ class SVDForm(TwinLayer):
     ) -> Self:
         """Take the SVD of the weight in float64; keeps options, dtype, device, mode and requires_grad.
 
-        A metric corrects the bias; U, s and V are those of the weight.
+        A metric only corrects the bias; U, s and V are those of the plain SVD.
         """
-        group_metrics(cls, dense, metric)  # checked before it is used
+        group_metrics(cls, dense, metric)  # refuse a bad metric before any work
         layer = cls._hollow(dense, rank, None, options)
         matrices = unfolded(finite_weight(cls, dense), groups=getattr(dense, "groups", 1), **options)
         parts = [_triplets_of(matrix, cls._checked(dense, rank, options)) for matrix in matrices]
@@ -241,13 +242,13 @@ class SVDForm(TwinLayer):
 
     @classmethod
     def _checked(cls, dense: nn.Module, rank: Rank, options: Options) -> int:
-        """Return the rank, once it is known to be one of this layer."""
+        """Return the rank as an int, or raise a `LayerError` where the layer cannot have it."""
         checked: Any = check_rank(cls.__name__, rank, cls.full_rank(dense, **options))
         return int(checked)
 
 
 def _pays(rows: int, size: int, groups: int, left: int, rank: int, right: int) -> bool:  # noqa: PLR0913
-    """Tell whether a product of matrices and the dense layer take fewer multiply-adds than the two stages."""
+    """Tell whether rebuilding the weight and applying it takes fewer multiply-adds than the two stages."""
     stages = groups * rank * (left + right)
     return rows * (stages - size) > groups * left * rank * right
 
@@ -258,7 +259,7 @@ def _plain(cls: type[SVDForm]) -> type[FactorisedLayer]:
 
 
 def _triplets_of(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, s and Vᵀ with orthonormal vectors also where s is 0: such a component can still grow."""
+    """Return U, s and Vᵀ; vectors are orthonormal even where s is 0, so that such a component can still grow."""
     factors = svd(matrix, rank, method="exact")
     return factors.u, factors.s, factors.vh
 
@@ -276,10 +277,13 @@ class SVDLinear(SVDForm):
     """A linear layer in SVD form: `weight = up.weight @ diag(scale) @ down.weight`.
 
     The arguments are those of `nn.Linear`, then `rank`, at most min(in, out); fresh values are the SVD of a fresh
-    dense weight. It is a form to train in: `truncated` makes the plain `LowRankLinear` of it. A bad rank raises a
-    `LayerError`.
+    dense weight. This form is for training: `truncated` turns it into a plain `LowRankLinear`.
 
-    Reference: Yang et al. 2020, section 3.1.
+    Raises:
+        LayerError: a rank out of range.
+
+    Reference:
+        Yang et al. 2020, section 3.1.
 
     Example:
         >>> layer = SVDLinear.from_dense(nn.Linear(6, 4), rank=4)
@@ -307,7 +311,7 @@ class SVDLinear(SVDForm):
         self._take_stages(plain, (out_features, in_features), device)
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
-        """Apply diag(s) Vᵀ, then U, or their product."""
+        """Apply diag(s) Vᵀ and then U, or their product."""
         weight = self._rebuilt(input.shape)
         if weight is not None:
             return F.linear(input, weight, self.bias)  # …, out
@@ -317,7 +321,7 @@ class SVDLinear(SVDForm):
 
     @property
     def options(self) -> Options:
-        """No options beside the rank."""
+        """Empty: the rank is all there is to choose."""
         return {}
 
     @property

@@ -1,4 +1,4 @@
-"""Convolutions in SVD form: two convolutions with the singular values between them as a parameter of their own."""
+"""Convolutions in SVD form: two convolutions with the singular values as a parameter between them."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class _SVDConv(SVDForm):
         super().__init__()
         given = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         twin = dense_twin(self, given, dtype)
-        self._twin = (twin,)  # has no storage, and in a tuple it is no submodule
+        self._twin = (twin,)  # has no storage, and a tuple keeps it from being registered as a submodule
         self._split = split
         self._checked(twin, rank, self.options)
         plain = self.plain(*given, "meta", dtype, rank=rank, split=split)
         self._take_stages(plain, tuple(twin.weight.shape), device)
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Conv gives it
-        """Convolve with diag(s) Vᵀ, then with U, or with their product."""
+        """Convolve with diag(s) Vᵀ and then with U, or with their product."""
         weight = self._rebuilt(input.shape)
         if weight is not None:
             if any(is_channels_last(stage.weight) for stage in (self.down, self.up)):
@@ -67,7 +67,7 @@ class _SVDConv(SVDForm):
 
     @property
     def options(self) -> Options:
-        """The options beside the rank: `like(dense, rank=rank, **options)` is the twin of this layer."""
+        """The options besides the rank: `like(dense, rank=rank, **options)` is the twin of this layer."""
         return {"split": self._split}
 
     @property
@@ -93,9 +93,13 @@ class SVDConv1d(_SVDConv):
     """A 1-D convolution in SVD form: `Conv1d(in, rank, k)`, times the values, and `Conv1d(rank, out, 1)`.
 
     The arguments are those of `nn.Conv1d`, then `rank` (of each group), at most min(out, in * k) of a group; `split`
-    can only be "channel". `truncated` makes the plain `LowRankConv1d` of it. A bad rank raises a `LayerError`.
+    can only be "channel". `truncated` turns it into a plain `LowRankConv1d`.
 
-    Reference: Yang et al. 2020, section 3.1 (channel-wise).
+    Raises:
+        LayerError: a rank out of range, or a split that the kernel does not have.
+
+    Reference:
+        Yang et al. 2020, section 3.1 (channel-wise).
 
     Example:
         >>> SVDConv1d(8, 8, 3, rank=8)(torch.ones(1, 8, 10)).shape
@@ -108,14 +112,18 @@ class SVDConv1d(_SVDConv):
 
 @final
 class SVDConv2d(_SVDConv):
-    """A 2-D convolution in SVD form, by channels or by axes of space.
+    """A 2-D convolution in SVD form, split by channels or by spatial axes.
 
     `split="channel"`: `Conv2d(in, rank, (kh, kw))`, times the values, then `Conv2d(rank, out, 1)`; `split="spatial"`:
     `Conv2d(in, rank, (kh, 1))`, times the values, then `Conv2d(rank, out, (1, kw))`. The arguments are those of
     `nn.Conv2d`, then `rank` (of each group), at most min(out, in * kh * kw) or min(in * kh, out * kw). `truncated`
-    makes the plain `LowRankConv2d` of it. A bad rank or split raises a `LayerError`.
+    turns it into a plain `LowRankConv2d`.
 
-    Reference: Yang et al. 2020, section 3.1.
+    Raises:
+        LayerError: a rank out of range, or a split that the kernel does not have.
+
+    Reference:
+        Yang et al. 2020, section 3.1.
 
     Example:
         >>> layer = SVDConv2d(8, 16, 3, padding=1, rank=24, split="spatial")
@@ -129,12 +137,16 @@ class SVDConv2d(_SVDConv):
 
 @final
 class SVDConv3d(_SVDConv):
-    """A 3-D convolution in SVD form, split as `LowRankConv3d` splits it, with the values as a parameter of their own.
+    """A 3-D convolution in SVD form, split as in `LowRankConv3d`, with the singular values as a parameter.
 
-    The arguments are those of `nn.Conv3d`, then `rank` (of each group) and `split`. `truncated` makes the plain
-    `LowRankConv3d` of it. A bad rank or split raises a `LayerError`.
+    The arguments are those of `nn.Conv3d`, then `rank` (of each group) and `split`. `truncated` turns it into a
+    plain `LowRankConv3d`.
 
-    Reference: Yang et al. 2020, section 3.1 (of two axes of space).
+    Raises:
+        LayerError: a rank out of range, or a split that the kernel does not have.
+
+    Reference:
+        Yang et al. 2020, section 3.1 (for two spatial axes).
 
     Example:
         >>> layer = SVDConv3d(4, 6, 3, rank=12, split="spatial")

@@ -13,7 +13,7 @@ from rankfold.layers._contract import Rank, Spectrum
 from rankfold.layers._matrix import product_norm
 from rankfold.layers._ranks import CANDIDATES, break_even, check_rank, spread, tail_errors
 from rankfold.layers.tensor._structured import Box, StructuredLinear, finite_weight_of, widened
-from rankfold.layers.tensor._tt_chain import Train
+from rankfold.layers.tensor._tt_chain import TTForm
 
 FEW_ROWS = 16
 """Up to this many rows are multiplied from the left, where the blocks are read once and little else is moved."""
@@ -25,10 +25,10 @@ class BTTLinear(StructuredLinear):
 
     With `out_shape = (n_1, n_2)` and `in_shape = (m_2, m_1)`, row-major, the weight is a grid of `n_1 x m_2` blocks
     `L[i, k] R[i, k]` of `n_2 x m_1` neighbouring entries. The forward pass is two batched matrix products with a
-    transposition between: R maps each of the m_2 parts of the input to `n_1 * rank` values, L each of the n_1 groups of
-    `m_2 * rank` values to a part of the output. Parameters and multiply-adds per row are the same number,
-    `rank * (m_2 * out + n_1 * in)`: unlike in a tensor train, the arithmetic falls as the parameters do. The
-    decomposition of a dense weight is optimal, block by block. At large ranks a low-rank or a dense layer is faster.
+    transposition between them: R maps each of the m_2 parts of the input to `n_1 * rank` values, L each of the n_1
+    groups of `m_2 * rank` values to a part of the output. It has as many parameters as multiply-adds per row, `rank *
+    (m_2 * out + n_1 * in)`: unlike in a tensor train, both shrink together. The decomposition of a dense weight is
+    optimal, block by block. At large ranks a low-rank or a dense layer is faster.
 
     Args:
         in_features: size of each input.
@@ -93,33 +93,33 @@ class BTTLinear(StructuredLinear):
         return [core.flatten(0, 1) for core in self.cores]
 
     @staticmethod
-    def _shapes(form: Train, rank: Rank) -> list[tuple[int, ...]]:
+    def _shapes(form: TTForm, rank: Rank) -> list[tuple[int, ...]]:
         checked: Any = check_rank(form.owner, rank, BTTLinear._full(form))
         (down, height), (across, width) = form.out_shape, form.in_shape
         return [(across, down * checked, width), (down, height, across * checked)]
 
     @classmethod
-    def _factors(cls, form: Train, matrix: Tensor, rank: Rank, seed: int) -> tuple[Tensor, Tensor]:
+    def _factors(cls, form: TTForm, matrix: Tensor, rank: Rank, seed: int) -> tuple[Tensor, Tensor]:
         del seed  # nothing is random
         found = block_tensor_train(matrix, form.out_shape, form.in_shape, rank)  # type: ignore[arg-type]
         first = found.right.transpose(0, 1).flatten(1, 2)  # across, down rank, width
         return first, found.left.transpose(1, 2).flatten(2)  # down, height, across rank
 
     @staticmethod
-    def _macs(form: Train, rank: Rank, rows: int) -> int:
+    def _macs(form: TTForm, rank: Rank, rows: int) -> int:
         return rows * BTTLinear._params(form, rank)
 
     @staticmethod
-    def _full(form: Train) -> int:
+    def _full(form: TTForm) -> int:
         return min(form.out_shape[1], form.in_shape[1])
 
     @staticmethod
-    def _candidates(form: Train, multiple: int) -> Sequence[Rank]:
+    def _candidates(form: TTForm, multiple: int) -> Sequence[Rank]:
         most = break_even(BTTLinear._params(form, 1), form.out_size * form.in_size)
         return spread(min(most, BTTLinear._full(form)), multiple, CANDIDATES)
 
     @classmethod
-    def _weight_errors(cls, form: Train, matrix: Tensor, ranks: Sequence[Rank], seed: int) -> tuple[float, ...]:
+    def _weight_errors(cls, form: TTForm, matrix: Tensor, ranks: Sequence[Rank], seed: int) -> tuple[float, ...]:
         """Return the errors from the singular values of every block."""
         del seed  # nothing is random
         checked: list[Any] = [*ranks]
@@ -127,13 +127,13 @@ class BTTLinear(StructuredLinear):
 
     @classmethod
     def spectra(cls, dense: nn.Module, **options: Any) -> tuple[Spectrum, ...]:
-        """Return the blocks' singular values, their squares summed over the blocks: its tails are the errors."""
+        """Return the blocks' singular values, combined as roots of sums of squares: their tails are the errors."""
         form, matrix = cls._form_of(dense, **options), finite_weight_of(cls, dense)
         return (Spectrum(_block_values(form, matrix), (form.out_shape[1], form.in_shape[1])),)
 
 
-def _block_values(form: Train, matrix: Tensor) -> Tensor:
-    """The singular values of the blocks, the root of the sum of their squares over the blocks."""
+def _block_values(form: TTForm, matrix: Tensor) -> Tensor:
+    """Return the singular values of the blocks, combined over the blocks as roots of sums of squares."""
     values = block_singular_values(matrix, form.out_shape, form.in_shape)
     norms: Tensor = torch.linalg.vector_norm(values, dim=(0, 1))
     return norms

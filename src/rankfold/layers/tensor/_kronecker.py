@@ -13,22 +13,22 @@ from rankfold.decompose import kronecker_sum, rearranged, singular_values, svd
 from rankfold.layers._contract import Rank, Spectrum
 from rankfold.layers._ranks import CANDIDATES, break_even, check_rank, spread, tail_errors
 from rankfold.layers.tensor._structured import Box, StructuredLinear, finite_weight_of, sum_boxes, widened
-from rankfold.layers.tensor._tt_chain import RESOLVED, Train
+from rankfold.layers.tensor._tt_chain import RESOLVED, TTForm
 from rankfold.layers.tensor._tt_contract import contract
-from rankfold.layers.tensor._tt_order import BATCHES, Chain, Sweep, bucket, plan_sweep
-from rankfold.layers.tensor._tt_plan import wants_gradients
+from rankfold.layers.tensor._tt_order import BATCHES, Chain, Sweep, bucket, schedule_sweep
+from rankfold.layers.tensor._tt_schedule import for_batches, pick, wants_gradients
 
 
 @final
 class KroneckerLinear(StructuredLinear):
     """A linear layer whose weight is a sum of Kronecker products, `W = sum_r A_r ⊗ B_r`.
 
-    With `out_shape = (m_1, m_2)` and `in_shape = (n_1, n_2)`, A is (rank, m_1, n_1) and B (rank, m_2, n_2):
-    `rank * (m_1 n_1 + m_2 n_2)` parameters, few even at ranks in the tens. An input folded to a matrix X gives
-    `sum_r A_r X B_r^T`, two matrix products for all terms, in the order that is cheaper for the number of rows; where
-    rebuilding the weight is cheaper still, and the weight small, that is done. The arithmetic falls less than the
-    parameters: in a square layer with balanced shapes, a dense one needs fewer multiply-adds from
-    `rank = sqrt(out) / 2` on. The weight is that of a tensor train of two cores.
+    With `out_shape = (m_1, m_2)` and `in_shape = (n_1, n_2)`, A is (rank, m_1, n_1) and B (rank, m_2, n_2): `rank *
+    (m_1 n_1 + m_2 n_2)` parameters, few even at ranks of several tens. An input folded to a matrix X gives `sum_r A_r X
+    B_r^T`, two matrix products for all terms, in the order that is cheaper for the number of rows; a small weight is
+    rebuilt where that is cheaper still. Multiply-adds shrink less than parameters: from `rank = sqrt(out) / 2` on, a
+    square layer with balanced shapes takes more of them than the dense one. The weight is that of a tensor train of two
+    cores.
 
     Args:
         in_features: size of each input.
@@ -60,20 +60,17 @@ class KroneckerLinear(StructuredLinear):
 
     def _prepare(self) -> None:
         chain = _chain(self._form, self._rank)
-        self._plans = {
-            training: tuple(plan_sweep(chain, rows, training=training) for rows in BATCHES)
-            for training in (False, True)
-        }
+        self._schedules = for_batches(lambda rows, training: schedule_sweep(chain, rows, training=training))
 
-    def plan(self, rows: int | torch.SymInt, training: bool | None = None) -> Sweep:
-        """Return the order of the products for a number of rows, by default for the mode of a call at this place."""
+    def schedule(self, rows: int | torch.SymInt, training: bool | None = None) -> Sweep:
+        """Return the order of the products for a number of rows; `training` defaults to that of a call here and now."""
         mode = wants_gradients(list(self.cores)) if training is None else training
-        return self._plans[mode][bucket(rows)]
+        return pick(self._schedules, rows, mode)
 
     def _multiply(self, rows: Tensor) -> Tensor:
         left, right = self.cores
         train = [left.permute(1, 2, 0).unsqueeze(0), right.unsqueeze(3)]  # (1, m_1, n_1, r), (r, m_2, n_2, 1)
-        return contract(rows.unsqueeze(2), train, self.plan(rows.shape[0])).squeeze(2)
+        return contract(rows.unsqueeze(2), train, self.schedule(rows.shape[0])).squeeze(2)
 
     def _matrix(self) -> Tensor:
         left, right = self.cores
@@ -90,31 +87,31 @@ class KroneckerLinear(StructuredLinear):
         return [left.permute(1, 2, 0), right.flatten(0, 1)]
 
     @staticmethod
-    def _shapes(form: Train, rank: Rank) -> list[tuple[int, ...]]:
+    def _shapes(form: TTForm, rank: Rank) -> list[tuple[int, ...]]:
         checked: Any = check_rank(form.owner, rank, KroneckerLinear._full(form))
         return [(checked, m, n) for m, n in zip(form.out_shape, form.in_shape, strict=True)]
 
     @classmethod
-    def _factors(cls, form: Train, matrix: Tensor, rank: Rank, seed: int) -> tuple[Tensor, Tensor]:
+    def _factors(cls, form: TTForm, matrix: Tensor, rank: Rank, seed: int) -> tuple[Tensor, Tensor]:
         found = kronecker_sum(matrix, form.out_shape, form.in_shape, rank, seed=seed)  # type: ignore[arg-type]
         return found.left, found.right
 
     @staticmethod
-    def _macs(form: Train, rank: Rank, rows: int) -> int:
-        return plan_sweep(_chain(form, rank), BATCHES[bucket(rows)]).macs(rows)
+    def _macs(form: TTForm, rank: Rank, rows: int) -> int:
+        return schedule_sweep(_chain(form, rank), BATCHES[bucket(rows)]).macs(rows)
 
     @staticmethod
-    def _full(form: Train) -> int:
+    def _full(form: TTForm) -> int:
         return min(m * n for m, n in zip(form.out_shape, form.in_shape, strict=True))
 
     @staticmethod
-    def _candidates(form: Train, multiple: int) -> Sequence[Rank]:
+    def _candidates(form: TTForm, multiple: int) -> Sequence[Rank]:
         most = break_even(KroneckerLinear._params(form, 1), form.out_size * form.in_size)
         return spread(min(most, KroneckerLinear._full(form)), multiple, CANDIDATES)
 
     @classmethod
-    def _weight_errors(cls, form: Train, matrix: Tensor, ranks: Sequence[Rank], seed: int) -> tuple[float, ...]:
-        """Return the errors from one SVD; what falls on padding is left out."""
+    def _weight_errors(cls, form: TTForm, matrix: Tensor, ranks: Sequence[Rank], seed: int) -> tuple[float, ...]:
+        """Return the errors from one SVD; errors on padding do not count."""
         checked: list[Any] = [*ranks]
         paired = rearranged(matrix, form.out_shape, form.in_shape)
         if paired.numel() == matrix.numel() or not checked:
@@ -130,19 +127,19 @@ class KroneckerLinear(StructuredLinear):
         return (Spectrum(singular_values(paired), (rows, columns)),)
 
 
-def _chain(form: Train, rank: Any) -> Chain:
+def _chain(form: TTForm, rank: Any) -> Chain:
     return Chain(form.out_shape, form.in_shape, (1, rank, 1))
 
 
 def _gram(left: Tensor, right: Tensor, rows: Box, columns: Box) -> Tensor:
-    """The inner products of the terms with each other (rank, rank), in a box of the folded weight."""
+    """Return the inner products of the terms with each other (rank, rank), in a box of the folded weight."""
     one = left[:, rows[0], columns[0]].flatten(1)
     other = right[:, rows[1], columns[1]].flatten(1)
     return (one @ one.T) * (other @ other.T)
 
 
-def _padded_errors(form: Train, paired: Tensor, ranks: Sequence[int], seed: int) -> list[float]:
-    """The errors where the shapes exceed the weight: the tails, less the energy that the terms have outside of it."""
+def _padded_errors(form: TTForm, paired: Tensor, ranks: Sequence[int], seed: int) -> list[float]:
+    """Return the errors where the shapes exceed the weight: tails minus the energy of the terms outside it."""
     found = svd(paired, max(ranks), seed=seed)
     (m1, m2), (n1, n2) = form.out_shape, form.in_shape
     left, right = (found.u * found.s).T.reshape(-1, m1, n1), found.vh.reshape(-1, m2, n2)

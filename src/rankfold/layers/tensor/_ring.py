@@ -14,31 +14,32 @@ from torch import Tensor, nn
 
 from rankfold.decompose import ring_bonds, tensor_ring
 from rankfold.errors import DecompositionError, LayerError
+from rankfold.layers._build import LARGEST_MERGE
 from rankfold.layers._contract import Rank, Spectrum
 from rankfold.layers._ranks import check_rank, spread
 from rankfold.layers.tensor._structured import Box, StructuredLinear, sum_boxes, widened
-from rankfold.layers.tensor._tt_chain import RESOLVED, Train
+from rankfold.layers.tensor._tt_chain import RESOLVED, TTForm
 from rankfold.layers.tensor._tt_contract import matrices_of, merge, sweep_state
-from rankfold.layers.tensor._tt_order import BATCHES, CHUNK, LARGEST_MERGE, Chain, Sweep, bucket, plan_sweep
-from rankfold.layers.tensor._tt_plan import wants_gradients
+from rankfold.layers.tensor._tt_order import BATCHES, CHUNK, Chain, Sweep, bucket, schedule_sweep
+from rankfold.layers.tensor._tt_schedule import for_batches, pick, wants_gradients
 
 Shape: TypeAlias = tuple[int, int, int, int]
 
 REFINING = 5e10
-"""Multiply-adds that refining a decomposition may take, so that planning large layers at many ranks stays quick."""
-SWEEPS = 20
+"""Multiply-adds that refining a decomposition may take: planning large layers at many ranks has to stay quick."""
+REFINING_SWEEPS = 20
 CANDIDATES = 16
-"""Each is decomposed on its own to know its error."""
+"""Few, because each is decomposed on its own to find its error."""
 
 
 @dataclass(frozen=True)
-class RingPlan:
-    """How a ring is multiplied with rows: cut after its first `head` cores, or rebuilt.
+class RingSchedule:
+    """How a ring is applied to rows: cut after its first `head` cores, or rebuilt.
 
     Attributes:
-        head: how many cores are merged and applied last, closing the ring; 0 where the weight is rebuilt instead.
+        head: how many cores are merged and applied last, closing the ring; 0 if the weight is rebuilt instead.
         sweep: the order of the other cores, a train whose ends carry the two bonds that were cut as outputs.
-        chunk: rows taken at a time, so that no intermediate grows beyond the bound of tensor trains.
+        chunk: rows taken at a time, to keep intermediates within the bound for tensor trains.
         fixed_macs: multiply-adds of merging, once per call.
         row_macs: multiply-adds per row.
         score: the cost model's estimate.
@@ -66,7 +67,7 @@ class TRLinear(StructuredLinear):
     (r_k, m_k, n_k, r_k+1) and `r_d = r_0`: where a tensor train has two small cores at its ends, a ring has none. The
     forward pass cuts the ring: the last cores are applied as a train that carries both cut bonds, then the first ones
     close it; or the weight is rebuilt where that is cheaper and the weight small. The bond that closes the ring is
-    carried all the way, so that a ring costs about that many times the multiply-adds of a train. With two cores a
+    carried all the way, so a ring takes about that many times the multiply-adds of a train. With two cores a
     ring is a sum of `r_0 r_1` Kronecker products: use `KroneckerLinear`, whose decomposition is optimal.
 
     Args:
@@ -100,22 +101,19 @@ class TRLinear(StructuredLinear):
     def _prepare(self) -> None:
         shapes = tuple(_core_shapes(self._form, self._rank))
         self._merging = _chain(shapes[:-1]).merge(0, len(shapes) - 1).order
-        self._plans = {
-            training: tuple(plan_ring(shapes, rows, training=training) for rows in BATCHES)
-            for training in (False, True)
-        }
+        self._schedules = for_batches(lambda rows, training: schedule_ring(shapes, rows, training=training))
 
-    def plan(self, rows: int | torch.SymInt, training: bool | None = None) -> RingPlan:
-        """Return the order of contraction for a number of rows, by default for the mode of a call at this place."""
+    def schedule(self, rows: int | torch.SymInt, training: bool | None = None) -> RingSchedule:
+        """Return the order of contraction for a number of rows; `training` defaults to that of a call here and now."""
         mode = wants_gradients(list(self.cores)) if training is None else training
-        return self._plans[mode][bucket(rows)]
+        return pick(self._schedules, rows, mode)
 
     def _multiply(self, rows: Tensor) -> Tensor:
-        plan, cores = self.plan(rows.shape[0]), list(self.cores)
-        if plan.sweep is None:
+        schedule, cores = self.schedule(rows.shape[0]), list(self.cores)
+        if schedule.sweep is None:
             return rows @ self._matrix().T
-        head, tail = merge(cores[: plan.head], plan.merging), open_tail(cores[plan.head :])
-        sweep, matrices = plan.sweep, matrices_of(tail, plan.sweep)
+        head, tail = merge(cores[: schedule.head], schedule.merging), open_tail(cores[schedule.head :])
+        sweep, matrices = schedule.sweep, matrices_of(tail, schedule.sweep)
         ring, m, n, bond = head.shape
         closing = head.permute(1, 2, 3, 0).reshape(m, n * bond * ring)
         outputs, inputs = math.prod(self._form.out_shape) // m, math.prod(self._form.in_shape) // n  # of the tail
@@ -126,9 +124,9 @@ class TRLinear(StructuredLinear):
             output: Tensor = closing @ state.reshape(part.shape[0], n * bond * ring, outputs)
             return output.flatten(1)  # rows, m and the outputs of the tail
 
-        if torch.compiler.is_compiling() or rows.shape[0] <= plan.chunk:  # the number of rows may be a symbol
+        if torch.compiler.is_compiling() or rows.shape[0] <= schedule.chunk:  # the number of rows may be symbolic
             return run(rows)
-        parts = torch.split(rows, plan.chunk)
+        parts = torch.split(rows, schedule.chunk)
         return torch.cat([run(part) for part in parts])
 
     def _matrix(self) -> Tensor:
@@ -141,31 +139,31 @@ class TRLinear(StructuredLinear):
         return [core.flatten(2).flatten(0, 1) for core in self.cores]
 
     @staticmethod
-    def _shapes(form: Train, rank: Rank) -> list[tuple[int, ...]]:
+    def _shapes(form: TTForm, rank: Rank) -> list[tuple[int, ...]]:
         return [*_core_shapes(form, rank)]
 
     @classmethod
-    def _factors(cls, form: Train, matrix: Tensor, rank: Rank, seed: int) -> list[Tensor]:
+    def _factors(cls, form: TTForm, matrix: Tensor, rank: Rank, seed: int) -> list[Tensor]:
         del seed  # nothing is random
         return _decomposed(form, form.fold(matrix), rank)[0]
 
     @staticmethod
-    def _macs(form: Train, rank: Rank, rows: int) -> int:
-        return plan_ring(tuple(_core_shapes(form, rank)), BATCHES[bucket(rows)]).macs(rows)
+    def _macs(form: TTForm, rank: Rank, rows: int) -> int:
+        return schedule_ring(tuple(_core_shapes(form, rank)), BATCHES[bucket(rows)]).macs(rows)
 
     @staticmethod
-    def _full(form: Train) -> int:
+    def _full(form: TTForm) -> int:
         return max(ring_bonds(form.modes, None))
 
     @staticmethod
-    def _candidates(form: Train, multiple: int) -> Sequence[Rank]:
+    def _candidates(form: TTForm, multiple: int) -> Sequence[Rank]:
         caps = range(1, TRLinear._full(form) + 1)
         paying = bisect_left(caps, form.out_size * form.in_size, key=lambda cap: TRLinear._params(form, cap))
         return spread(paying, multiple, CANDIDATES)
 
     @classmethod
-    def _weight_errors(cls, form: Train, matrix: Tensor, ranks: Sequence[Rank], seed: int) -> tuple[float, ...]:
-        """Return the errors, decomposed at each rank; padding is left out."""
+    def _weight_errors(cls, form: TTForm, matrix: Tensor, ranks: Sequence[Rank], seed: int) -> tuple[float, ...]:
+        """Return the error of a decomposition at each rank; errors on padding do not count."""
         del seed  # nothing is random
         whole = form.fold(matrix)
         total = float(whole.square().sum()) or 1.0
@@ -181,13 +179,13 @@ class TRLinear(StructuredLinear):
 
     @classmethod
     def spectra(cls, dense: nn.Module, **options: Any) -> tuple[Spectrum, ...]:
-        """Return nothing: one cap stands for all bonds, so there is no spectrum per entry of the rank."""
+        """Return nothing: a single cap covers all bonds, so there is no spectrum per entry of the rank."""
         del dense, options
         return ()
 
 
-def _core_shapes(form: Train, rank: Rank) -> list[Shape]:
-    """The shapes of all cores at a rank, or a `LayerError`."""
+def _core_shapes(form: TTForm, rank: Rank) -> list[Shape]:
+    """Return the shapes of all cores at a rank, or raise a `LayerError`."""
     full = ring_bonds(form.modes, None)
     checked = check_rank(form.owner, rank, full if isinstance(rank, (tuple, list)) else max(full))
     try:
@@ -197,17 +195,19 @@ def _core_shapes(form: Train, rank: Rank) -> list[Shape]:
     return list(zip(bonds, form.out_shape, form.in_shape, (*bonds[1:], bonds[0]), strict=True))
 
 
-def _decomposed(form: Train, folded: Tensor, rank: Rank) -> tuple[list[Tensor], float]:
-    """The cores of a folded weight in its dtype, and the error on all of it."""
+def _decomposed(form: TTForm, folded: Tensor, rank: Rank) -> tuple[list[Tensor], float]:
+    """Return the cores of a folded weight in its dtype, and the error, padding included."""
     shapes = _core_shapes(form, rank)
     sweep = sum(folded.numel() * before * after for before, _, _, after in shapes)
-    found = tensor_ring(folded, tuple(shape[0] for shape in shapes), iterations=min(SWEEPS, int(REFINING // sweep)))
+    found = tensor_ring(
+        folded, tuple(shape[0] for shape in shapes), iterations=min(REFINING_SWEEPS, int(REFINING // sweep))
+    )
     return [core.reshape(shape) for core, shape in zip(found.cores, shapes, strict=True)], found.error
 
 
 @lru_cache(maxsize=4096)
-def plan_ring(shapes: tuple[Shape, ...], rows: int, *, training: bool = False) -> RingPlan:
-    """Return the cheapest way to multiply a ring of cores of these shapes with a number of rows."""
+def schedule_ring(shapes: tuple[Shape, ...], rows: int, *, training: bool = False) -> RingSchedule:
+    """Return the cheapest way to apply a ring of cores of these shapes to a number of rows."""
     ways = [_cut_after(shapes, head, rows, training) for head in range(1, len(shapes))]
     entries = math.prod(m * n for _, m, n, _ in shapes)
     if entries <= LARGEST_MERGE:
@@ -215,17 +215,17 @@ def plan_ring(shapes: tuple[Shape, ...], rows: int, *, training: bool = False) -
     return min(ways, key=lambda way: way.score)
 
 
-def _cut_after(shapes: tuple[Shape, ...], head: int, rows: int, training: bool) -> RingPlan:
-    """The plan with the first `head` cores merged and applied after the train of the others."""
+def _cut_after(shapes: tuple[Shape, ...], head: int, rows: int, training: bool) -> RingSchedule:
+    """Return the schedule with the first `head` cores merged and applied after the train of the others."""
     first = _chain(shapes[:head])
     out, columns = math.prod(first.out_shape), math.prod(first.in_shape)
-    sweep = plan_sweep(_tail_chain(shapes[head:]), rows * columns, training=training)
+    sweep = schedule_sweep(_tail_chain(shapes[head:]), rows * columns, training=training)
     carried = math.prod(shape[1] for shape in shapes[head:])
     closing = _product(out, first.core(0, head) // out, rows, training, columns=carried)
     merging = _merging(first, training)
     state = columns * shapes[head][0] * carried * shapes[0][0]
     largest = CHUNK // sweep.chunk if sweep.chunk else 0  # entries per row of the train
-    return RingPlan(
+    return RingSchedule(
         head,
         sweep,
         max(1, CHUNK // max(state, columns * largest)),
@@ -236,8 +236,8 @@ def _cut_after(shapes: tuple[Shape, ...], head: int, rows: int, training: bool) 
     )
 
 
-def _rebuilt(shapes: tuple[Shape, ...], rows: int, training: bool) -> RingPlan:
-    """The plan that rebuilds the weight."""
+def _rebuilt(shapes: tuple[Shape, ...], rows: int, training: bool) -> RingSchedule:
+    """Return the schedule that rebuilds the weight."""
     head, (bond, m, n, ring) = _chain(shapes[:-1]), shapes[-1]
     ends = head.core(0, len(shapes) - 1) // (bond * ring)
     closing = _product(m * n, bond * ring, ends, training)
@@ -245,19 +245,19 @@ def _rebuilt(shapes: tuple[Shape, ...], rows: int, training: bool) -> RingPlan:
     merging = _merging(head, training)
     fixed = merging.fixed_macs + closing.macs(ends)
     score, order = product.score + closing.score + merging.score, head.merge(0, len(shapes) - 1).order
-    return RingPlan(0, None, 0, fixed, product.row_macs, score, order)
+    return RingSchedule(0, None, 0, fixed, product.row_macs, score, order)
 
 
 def _merging(chain: Chain, training: bool) -> Sweep:
-    """What merging all cores of a chain costs."""
+    """Return the cost of merging all cores of a chain."""
     joins = chain.merge(0, len(chain.out_shape)).joins
     scores = [_product(columns, bond, rows, training).score for rows, bond, columns in joins]
     return Sweep((), True, fixed_macs=sum(map(math.prod, joins)), score=sum(scores))
 
 
 def _product(out: int, into: int, rows: int, training: bool, *, columns: int = 1) -> Sweep:
-    """What the product of one matrix with rows, or with that many matrices of some columns, costs: MACs per column."""
-    return plan_sweep(Chain((out,), (into,), (1, 1)), rows, training=training, columns=columns)
+    """Return the cost of multiplying one matrix by rows, each of `columns` columns; MACs are per column."""
+    return schedule_sweep(Chain((out,), (into,), (1, 1)), rows, training=training, columns=columns)
 
 
 def _chain(shapes: Sequence[Shape]) -> Chain:
@@ -266,7 +266,7 @@ def _chain(shapes: Sequence[Shape]) -> Chain:
 
 
 def _tail_chain(shapes: Sequence[Shape]) -> Chain:
-    """The sizes of the train that `open_tail` makes."""
+    """Return the sizes of the train that `open_tail` makes."""
     out_shape = [shape[1] for shape in shapes]
     out_shape[0] *= shapes[0][0]
     out_shape[-1] *= shapes[-1][3]

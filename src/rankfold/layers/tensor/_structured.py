@@ -1,4 +1,4 @@
-"""What the linear layers over folded sides share: a matrix with two modes or more for its rows and its columns."""
+"""What linear layers over folded sides share: a matrix whose rows and columns each have two or more modes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rankfold.layers._contract import Call, Cost, Metric, Options, Rank
 from rankfold.layers._metric import corrected_bias, group_metrics, measured_errors, output_error
 from rankfold.layers._ranks import below
 from rankfold.layers._twin import TwinLayer
-from rankfold.layers.tensor._tt_chain import PADDING, TYPICAL_MODE, Train, make_train
+from rankfold.layers.tensor._tt_chain import PADDING, TYPICAL_MODE, TTForm, make_form
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,16 +37,16 @@ Box: TypeAlias = tuple[slice, ...]
 
 
 class StructuredLinear(TwinLayer):
-    """A linear layer whose weight follows from cores over folded sides; the final classes say how.
+    """A linear layer whose weight is given by cores over folded sides; the final classes say how.
 
-    `out_shape` and `in_shape` are row-major dims of the outputs and the inputs. Where their product is larger, the
-    input is padded with zeros and the output cut.
+    `out_shape` and `in_shape` are row-major dims of the outputs and the inputs. Where their product exceeds the size,
+    the input is padded with zeros and the output cut.
     """
 
     method: ClassVar[str]
     dense_type: ClassVar[type[nn.Module]] = nn.Linear
     orders: ClassVar[tuple[int, ...]]
-    """Numbers of dims worth planning; with one, no other number will do."""
+    """Numbers of dims worth planning; if there is only one, it is the only one allowed."""
     cores: nn.ParameterList
 
     def __init__(  # noqa: PLR0913 (the signature of nn.Linear)
@@ -75,12 +75,12 @@ class StructuredLinear(TwinLayer):
 
     @staticmethod
     @abstractmethod
-    def _shapes(form: Train, rank: Rank) -> list[tuple[int, ...]]:
+    def _shapes(form: TTForm, rank: Rank) -> list[tuple[int, ...]]:
         """Return the shapes of the cores, or raise a `LayerError` for a rank that does not fit."""
 
     @abstractmethod
     def _prepare(self) -> None:
-        """Make what the forward pass needs to know beforehand."""
+        """Prepare what the forward pass needs."""
 
     @abstractmethod
     def _stages(self) -> list[Tensor]:
@@ -100,22 +100,22 @@ class StructuredLinear(TwinLayer):
 
     @classmethod
     @abstractmethod
-    def _factors(cls, form: Train, matrix: Tensor, rank: Rank, seed: int) -> Sequence[Tensor]:
+    def _factors(cls, form: TTForm, matrix: Tensor, rank: Rank, seed: int) -> Sequence[Tensor]:
         """Return the cores of a dense weight."""
 
     @staticmethod
     @abstractmethod
-    def _macs(form: Train, rank: Rank, rows: int) -> int:
+    def _macs(form: TTForm, rank: Rank, rows: int) -> int:
         """Return the multiply-adds for a number of rows."""
 
     @staticmethod
     @abstractmethod
-    def _full(form: Train) -> int:
+    def _full(form: TTForm) -> int:
         """Return the rank that cuts nothing."""
 
     @staticmethod
     @abstractmethod
-    def _candidates(form: Train, multiple: int) -> Sequence[Rank]:
+    def _candidates(form: TTForm, multiple: int) -> Sequence[Rank]:
         """Return ranks worth planning, in any order."""
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -125,17 +125,17 @@ class StructuredLinear(TwinLayer):
         fresh_bias_(self.bias, self.in_features, generator)
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
-        """Multiply the cores with the last axis of the input."""
+        """Apply the cores to the last axis of the input."""
         rows = input.reshape(-1, self.in_features)
         if self._padding:
             rows = functional.pad(rows, (0, self._padding))
         output = self._multiply(rows)[:, : self.out_features]  # rows, out
         if self.bias is not None:
-            output = output + self.bias.to(output.dtype)  # autocast leaves it wide
+            output = output + self.bias.to(output.dtype)  # autocast does not narrow it
         return output.reshape(*input.shape[:-1], self.out_features)
 
     def fan_ins(self) -> Iterator[tuple[nn.Parameter, int]]:
-        """Yield every core with the number of values that one of its outputs adds up."""
+        """Yield every core with its fan-in: how many values one of its outputs adds up."""
         for core, stage in zip(self.cores, self._stages(), strict=True):
             yield core, stage[0].numel()
 
@@ -146,7 +146,7 @@ class StructuredLinear(TwinLayer):
 
     @property
     def options(self) -> Options:
-        """The options beside the rank: `like(dense, rank=rank, **options)` is the twin of this layer."""
+        """The options besides the rank: `like(dense, rank=rank, **options)` is the twin of this layer."""
         return self._form.options
 
     @property
@@ -171,7 +171,7 @@ class StructuredLinear(TwinLayer):
 
     @classmethod
     def variants(cls, dense: nn.Module) -> tuple[Options, ...]:
-        """Return the balanced shapes, padded by a quarter at most, with which some rank has fewer parameters."""
+        """Return the balanced shapes with little padding for which some rank has fewer parameters than dense."""
         form = cls._form_of(dense)
         found: list[Options] = []
         for order in cls.orders:
@@ -204,9 +204,9 @@ class StructuredLinear(TwinLayer):
     def errors(
         cls, dense: nn.Module, ranks: Sequence[Rank], *, seed: int = 0, metric: Metric | None = None, **options: Any
     ) -> tuple[float, ...]:
-        """Return the relative error of the weight at each rank; padding is left out.
+        """Return the relative error of the weight at each rank; errors on padding do not count.
 
-        In a metric it is that of the outputs, of the same cores: measured at a few ranks, interpolated between them.
+        In a metric, it is the error that the same cores make in the outputs: measured at a few ranks and interpolated.
         """
         form = cls._form_of(dense, **options)
         for rank in ranks:
@@ -222,8 +222,8 @@ class StructuredLinear(TwinLayer):
 
     @classmethod
     @abstractmethod
-    def _weight_errors(cls, form: Train, matrix: Tensor, ranks: Sequence[Rank], seed: int) -> tuple[float, ...]:
-        """Return the relative error of the weight at each rank, known to fit."""
+    def _weight_errors(cls, form: TTForm, matrix: Tensor, ranks: Sequence[Rank], seed: int) -> tuple[float, ...]:
+        """Return the relative error of the weight at each rank; the ranks have been checked."""
 
     @classmethod
     def from_dense(
@@ -231,10 +231,10 @@ class StructuredLinear(TwinLayer):
     ) -> Self:
         """Decompose the weight in float64; keeps options, dtype, device, mode and requires_grad.
 
-        A metric corrects the bias; the cores are those of the weight.
+        A metric only corrects the bias; the cores are those of the plain decomposition.
         """
         form, matrix = cls._form_of(dense, **options), finite_weight_of(cls, dense)
-        group_metrics(cls, dense, metric)  # checked before it is used
+        group_metrics(cls, dense, metric)  # refuse a bad metric before any work
         layer = cls._hollow(dense, rank, None, options)
         for core, value in zip(layer.cores, cls._factors(form, matrix, rank, seed), strict=True):
             copy_(core, value)
@@ -242,7 +242,7 @@ class StructuredLinear(TwinLayer):
         return layer
 
     @classmethod
-    def _params(cls, form: Train, rank: Rank) -> int:
+    def _params(cls, form: TTForm, rank: Rank) -> int:
         return sum(map(math.prod, cls._shapes(form, rank)))
 
     @staticmethod
@@ -253,17 +253,17 @@ class StructuredLinear(TwinLayer):
     @classmethod
     def _form_of(
         cls, dense: Any, *, in_shape: Sequence[int] | None = None, out_shape: Sequence[int] | None = None
-    ) -> Train:
+    ) -> TTForm:
         check_type(cls, dense, nn.Linear)
         return cls._formed((dense.out_features, dense.in_features), in_shape, out_shape)
 
     @classmethod
-    def _formed(cls, sizes: tuple[int, int], in_shape: Sequence[int] | None, out_shape: Sequence[int] | None) -> Train:
-        """Return the folded sides; by default balanced, of about `TYPICAL_MODE` where the number of dims is free."""
+    def _formed(cls, sizes: tuple[int, int], in_shape: Sequence[int] | None, out_shape: Sequence[int] | None) -> TTForm:
+        """Return the folded sides, by default balanced, with modes near `TYPICAL_MODE` if the order is free."""
         if in_shape is None and out_shape is None:
             usual = round(math.log(max(sizes), TYPICAL_MODE))
             in_shape = balanced_shape(sizes[1], min(max(usual, cls.orders[0]), cls.orders[-1]))
-        form = make_train(cls.__name__, sizes, in_shape, out_shape)
+        form = make_form(cls.__name__, sizes, in_shape, out_shape)
         if len(cls.orders) == 1 and len(form.in_shape) != cls.orders[0]:
             raise LayerError(
                 f"{cls.__name__}: in_shape={form.in_shape} and out_shape={form.out_shape} must be two dims each"
@@ -272,15 +272,15 @@ class StructuredLinear(TwinLayer):
 
 
 def finite_weight_of(owner: type[StructuredLinear], dense: nn.Module) -> Tensor:
-    """Return the weight in float64, or raise a `LayerError` where it is none that can be decomposed."""
+    """Return the weight in float64, or raise a `LayerError` if it cannot be decomposed."""
     check_type(owner, dense, nn.Linear)
     return finite_weight(owner, dense)
 
 
 def boxes(size: int, shape: Sequence[int]) -> Iterator[Box]:
-    """Yield disjoint boxes of digits that make up the indices below `size`: one where nothing is padded.
+    """Yield disjoint boxes of digits that make up the indices below `size`: a single one without padding.
 
-    An index is below `size` when its digits are those of `size` up to some place, and smaller there.
+    An index is below `size` if its digits agree with those of `size` up to some place and are smaller there.
     """
     if math.prod(shape) == size:
         yield tuple(slice(0, dim) for dim in shape)
@@ -292,7 +292,7 @@ def boxes(size: int, shape: Sequence[int]) -> Iterator[Box]:
             yield (*agreeing, slice(0, digit), *(slice(0, dim) for dim in shape[k + 1 :]))
 
 
-def sum_boxes(part: Callable[[Box, Box], Tensor], form: Train) -> Tensor:
+def sum_boxes(part: Callable[[Box, Box], Tensor], form: TTForm) -> Tensor:
     """Return the sum of `part(rows, columns)` over the boxes that make up the weight."""
     terms = [
         part(rows, columns)
@@ -303,5 +303,5 @@ def sum_boxes(part: Callable[[Box, Box], Tensor], form: Train) -> Tensor:
 
 
 def widened(core: Tensor) -> Tensor:
-    """Return a core in single precision at least, so that the norm of a half-precision one does not overflow."""
+    """Return a core in at least single precision, so that the norm of a half-precision core does not overflow."""
     return core if core.dtype == torch.float64 else core.float()

@@ -1,12 +1,13 @@
-"""A tensor train times a batch of vectors, carried out in a planned order.
+"""A tensor train times a batch of vectors, carried out in a scheduled order.
 
-The state of a sweep is a batch of matrices whose middle axis is what the next core contracts, so that every
-step is a view and one matrix product. From the left, a merged group takes
+The state of a sweep is a batch of matrices whose middle axis is contracted with the next core, so that every step is
+a view and one matrix product. From the left, a merged group takes
 
     (rows M_1..M_i, r_i n, N_j..N_d) -> (rows M_1..M_i, m r_j, N_j..N_d),
 
-from the right the same with the roles of rows and columns exchanged. Rows are taken in chunks, so that no
-intermediate exceeds a bound; in a compiled or exported program, where the number of rows may be a symbol, all at once.
+from the right the same with the roles of rows and columns exchanged. Rows are taken in chunks to
+bound the size of intermediates; a compiled or exported program, where the number of rows may be symbolic, takes them
+all at once.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch
 
 
 def core_list(layer: nn.Module, count: int) -> list[Tensor]:
-    """Return the `count` cores of a layer; going through `nn.Module` for each takes as long as a small product."""
+    """Return the `count` cores of a layer, bypassing `nn.Module`, whose look-ups cost as much as a small product."""
     held: Any = layer._modules["cores"]
     plain = held._parameters
     return list(plain.values()) if len(plain) == count else list(held)  # a parametrised core is no parameter
@@ -38,7 +39,7 @@ def merge(cores: Sequence[Tensor], order: Sequence[int]) -> Tensor:
 
 
 def _joined(cores: Sequence[Tensor], order: Sequence[int]) -> Sequence[Tensor]:
-    """What is left of the cores after some products."""
+    """Return what remains of the cores after some products."""
     parts = list(cores)
     for at in order:
         product = _product(parts[at], parts[at + 1])
@@ -48,7 +49,7 @@ def _joined(cores: Sequence[Tensor], order: Sequence[int]) -> Sequence[Tensor]:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Two parts multiplied over their bond: r, m, n, p, q, r'."""
+    """Return two parts multiplied over their bond: r, m, n, p, q, r'."""
     before, m, n, bond = left.shape
     _, p, q, after = right.shape
     return torch.mm(left.reshape(-1, bond), right.reshape(bond, -1)).reshape(before, m, n, p, q, after)
@@ -60,7 +61,7 @@ def matrices_of(cores: Sequence[Tensor], sweep: Sweep) -> list[Tensor]:
     for start, stop, order, _, rows, inner, _ in sweep.turns:
         if not order:
             matrix = cores[start].permute(1, 3, 0, 2) if from_left else cores[start]  # m r', r n or r m, n r'
-        else:  # the last product is brought into the order of the matrix at once
+        else:  # the last product is put in the order of the matrix directly
             product = _product(*_joined(cores[start:stop], order[:-1]))
             matrix = product.permute(1, 3, 5, 0, 2, 4) if from_left else product.permute(0, 1, 3, 2, 4, 5)
         found.append(matrix.reshape(rows, inner))
@@ -71,12 +72,12 @@ def matrices_of(cores: Sequence[Tensor], sweep: Sweep) -> list[Tensor]:
 
 
 def contract(state: Tensor, cores: Sequence[Tensor], sweep: Sweep) -> Tensor:
-    """Multiply a train with a batch of vectors, or of matrices whose columns are carried along.
+    """Multiply a train by a batch of vectors, or of matrices whose columns are carried along.
 
     Args:
         state: (rows, r_0 times product of in, columns); from the right r_0 must be 1.
         cores: (r, out_k, in_k, r'), the last r' is 1.
-        sweep: the order, from `plan_sweep`.
+        sweep: the order, from `schedule_sweep`.
 
     Returns:
         (rows, product of out, columns).
@@ -91,7 +92,7 @@ def contract(state: Tensor, cores: Sequence[Tensor], sweep: Sweep) -> Tensor:
 def in_chunks(
     run: Callable[..., Tensor], rows: Tensor, shared: Sequence[Tensor], *, chunk: int, recompute: bool
 ) -> Tensor:
-    """Return `run(part, *shared)` of the rows, in parts of `chunk` (0: one), what it keeps recomputed in backward."""
+    """Return `run(part, *shared)` over parts of `chunk` rows (0: all at once), recomputed in backward on request."""
     if recompute and torch.is_grad_enabled() and not is_exporting():
         forward = run
 

@@ -13,12 +13,12 @@ from torch.nn import functional
 from rankfold.layers._build import Device, check_type, finite_weight, fresh_bias_
 from rankfold.layers._contract import Call, Cost, Rank
 from rankfold.layers.conv._conv import ConvShape, Size, convolve, dense_twin
-from rankfold.layers.tensor._tt_chain import Train, make_train
+from rankfold.layers.tensor._tt_chain import TTForm, make_form
 from rankfold.layers.tensor._tt_contract import in_chunks, matrices_of, sweep_state
-from rankfold.layers.tensor._tt_conv_plan import ConvPlan, conv_plans, describe_conv, plan_conv
+from rankfold.layers.tensor._tt_conv_schedule import ConvSchedule, conv_schedules, describe_conv, schedule_conv
 from rankfold.layers.tensor._tt_layer import TTLayer
 from rankfold.layers.tensor._tt_order import BATCHES, Sweep, bucket
-from rankfold.layers.tensor._tt_plan import TTPlan, checked_recompute, wants_gradients
+from rankfold.layers.tensor._tt_schedule import TTSchedule, checked_recompute, pick, wants_gradients
 
 
 class TTConv(TTLayer):
@@ -26,9 +26,9 @@ class TTConv(TTLayer):
 
     `K[(c_1 ... c_d), (s_1 ... s_d), x, y] = G_0[x, y] G_1[:, c_1, s_1] ... G_d[:, c_d, s_d]`. The forward pass applies
     the `r_0` filters of `G_0` to every input channel and sweeps over the channels, or rebuilds the kernel for
-    one convolution, whichever is planned cheaper for the number of output positions and for inference or training.
+    one convolution, whichever is predicted to be cheaper for the number of output positions, in inference or training.
     With groups the train is that of the kernel `(out, in / groups, kernel…)`, which is always rebuilt: it saves
-    parameters, not time. Images are taken in chunks as rows are by `TTLinear`.
+    parameters, not time. Images are taken in chunks, as `TTLinear` does with rows.
     """
 
     in_channels: int
@@ -63,12 +63,12 @@ class TTConv(TTLayer):
         super().__init__()
         values = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         twin = dense_twin(self, values, dtype)
-        train = _conv_train(type(self).__name__, ConvShape.of(twin), in_shape, out_shape, redundant)
-        self._assemble(train, rank, device, dtype)
+        form = _conv_form(type(self).__name__, ConvShape.of(twin), in_shape, out_shape, redundant)
+        self._assemble(form, rank, device, dtype)
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
         self.recompute = checked_recompute(type(self).__name__, recompute)
-        self._plans = conv_plans(self._chain, (train.out_size, train.in_size), groups, recompute)
-        self._padded = math.prod(train.in_shape) - in_channels
+        self._schedules = conv_schedules(self._chain, (form.out_size, form.in_size), groups, recompute)
+        self._padded = math.prod(form.in_shape) - in_channels
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -77,20 +77,22 @@ class TTConv(TTLayer):
         fresh_bias_(self.bias, ConvShape.of(self).fan_in, generator)
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Conv gives it
-        """Convolve by the plan for this number of output positions."""
+        """Convolve by the schedule for this number of output positions."""
         axes = len(self.kernel_size)
         maps = input if input.dim() == axes + 2 else input.unsqueeze(0)
         positions = math.prod(ConvShape.of(self).output_size(tuple(maps.shape[2:])))
         cores = list(self.cores)
-        plan = self._plans[wants_gradients(cores)][bucket(maps.shape[0] * positions)]
-        if plan.sweep is None:
+        schedule = pick(self._schedules, maps.shape[0] * positions, wants_gradients(cores))
+        if schedule.sweep is None:
             output = convolve(maps, self.weight, self.bias, ConvShape.of(self))
         else:
-            output = self._chained(maps, cores, plan, plan.sweep, positions)
+            output = self._chained(maps, cores, schedule, schedule.sweep, positions)
         return output if input.dim() == axes + 2 else output.squeeze(0)
 
-    def _chained(self, maps: Tensor, cores: Sequence[Tensor], plan: ConvPlan, sweep: Sweep, positions: int) -> Tensor:
-        """Apply the shared filters to every channel, then the train over the channels, to some images at a time."""
+    def _chained(
+        self, maps: Tensor, cores: Sequence[Tensor], schedule: ConvSchedule, sweep: Sweep, positions: int
+    ) -> Tensor:
+        """Apply the shared filters to every channel, then the train over the channels, a few images at a time."""
         first, *channels = cores
         filters = first.shape[3]
         kernel = first.permute(3, 0, 1, 2).reshape(filters, 1, *self.kernel_size)
@@ -110,24 +112,24 @@ class TTConv(TTLayer):
                 output = output + self.bias.unsqueeze(1).to(output.dtype)
             return output.reshape(output.shape[0], self.out_channels, *space)
 
-        chunk = 0 if torch.compiler.is_compiling() else plan.images(positions)
-        return in_chunks(run, maps, [kernel, *matrices_of(channels, sweep)], chunk=chunk, recompute=plan.recompute)
+        chunk = 0 if torch.compiler.is_compiling() else schedule.images(positions)
+        return in_chunks(run, maps, [kernel, *matrices_of(channels, sweep)], chunk=chunk, recompute=schedule.recompute)
 
-    def plan(self, input: Sequence[int], training: bool | None = None) -> TTPlan:
-        """Return how the layer is computed for the shape of an input, and what that costs.
+    def schedule(self, input: Sequence[int], training: bool | None = None) -> TTSchedule:
+        """Return how the layer would be computed for an input of this shape, and what that costs.
 
         Args:
             input: the shape (batch, channels, space…) or (channels, space…).
-            training: whether a backward pass follows; by default, whether it does after a call at this place.
+            training: whether a backward pass follows; by default, whether it would after a call here and now.
         """
         axes, shape = len(self.kernel_size), tuple(input)
         batch = shape[0] if len(shape) == axes + 2 else 1
         positions = math.prod(ConvShape.of(self).output_size(shape[-axes:]))
         cores = list(self.cores)
         mode = wants_gradients(cores) if training is None else training
-        plan = self._plans[mode][bucket(batch * positions)]
-        sizes = (self._train.out_size, self._train.in_size)
-        return describe_conv(self._chain, sizes, plan, (batch, positions), mode, cores[0].element_size())
+        schedule = pick(self._schedules, batch * positions, mode)
+        sizes = (self._form.out_size, self._form.in_size)
+        return describe_conv(self._chain, sizes, schedule, (batch, positions), mode, cores[0].element_size())
 
     @property
     def weight(self) -> Tensor:
@@ -136,22 +138,22 @@ class TTConv(TTLayer):
 
     @classmethod
     def cost(cls, dense: nn.Module, calls: Sequence[Call], *, rank: Rank, **options: Any) -> Cost:
-        """Return parameters, and multiply-adds of the way planned for the output positions of each call."""
-        train = cls._train_of(dense, **options)
-        shape, chain = ConvShape.of(dense), train.chain(rank)
+        """Return parameters, and multiply-adds as scheduled for the output positions of each call."""
+        form = cls._form_of(dense, **options)
+        shape, chain = ConvShape.of(dense), form.chain(rank)
         axes, macs = len(shape.kernel_size), 0
         for call in calls:
             rows = math.prod(call.output[: -axes - 1]) * math.prod(call.output[-axes:])
-            plan = plan_conv(chain, (train.out_size, train.in_size), shape.groups, BATCHES[bucket(rows)])
-            macs += plan.macs(rows)
-        return Cost(train.params(rank) + shape.out_channels * shape.bias, macs)
+            schedule = schedule_conv(chain, (form.out_size, form.in_size), shape.groups, BATCHES[bucket(rows)])
+            macs += schedule.macs(rows)
+        return Cost(form.params(rank) + shape.out_channels * shape.bias, macs)
 
     @staticmethod
     def _arguments(dense: Any) -> dict[str, Any]:
         return ConvShape.of(dense).arguments()
 
     @classmethod
-    def _train_of(
+    def _form_of(
         cls,
         dense: Any,
         *,
@@ -159,10 +161,10 @@ class TTConv(TTLayer):
         out_shape: Sequence[int] | None = None,
         recompute: float | None = None,
         redundant: bool = False,
-    ) -> Train:
+    ) -> TTForm:
         check_type(cls, dense, cls.dense_type)
         checked_recompute(cls.__name__, recompute)
-        return _conv_train(cls.__name__, ConvShape.of(dense), in_shape, out_shape, redundant)
+        return _conv_form(cls.__name__, ConvShape.of(dense), in_shape, out_shape, redundant)
 
     @classmethod
     def _matrix_of(cls, dense: Any) -> Tensor:
@@ -170,15 +172,15 @@ class TTConv(TTLayer):
         return finite_weight(cls, dense).flatten(2).permute(2, 0, 1)
 
 
-def _conv_train(
+def _conv_form(
     owner: str,
     shape: ConvShape,
     in_shape: Sequence[int] | None,
     out_shape: Sequence[int] | None,
     redundant: bool,
-) -> Train:
+) -> TTForm:
     sizes = (shape.out_channels, shape.in_channels // shape.groups)
-    return make_train(owner, sizes, in_shape, out_shape, lead=math.prod(shape.kernel_size), redundant=redundant)
+    return make_form(owner, sizes, in_shape, out_shape, lead=math.prod(shape.kernel_size), redundant=redundant)
 
 
 @final
@@ -187,7 +189,8 @@ class TTConv1d(TTConv):
 
     The arguments are those of `nn.Conv1d`, then `rank` and the options of `TTConv2d`.
 
-    Reference: Garipov, Podoprikhin, Novikov, Vetrov 2016, Ultimate tensorization.
+    Reference:
+        Garipov, Podoprikhin, Novikov, Vetrov 2016, Ultimate tensorization.
 
     Example:
         >>> layer = TTConv1d(64, 64, 3, rank=(3, 8, 8), in_shape=(4, 4, 4), out_shape=(4, 4, 4), bias=False)
@@ -208,7 +211,8 @@ class TTConv2d(TTConv):
     all groups. `recompute` and `redundant` are those of `TTLinear`, where the chain of products keeps intermediates;
     a rebuilt kernel has none. A rank out of range or unfit shapes raise a `LayerError`.
 
-    Reference: Garipov, Podoprikhin, Novikov, Vetrov 2016, Ultimate tensorization.
+    Reference:
+        Garipov, Podoprikhin, Novikov, Vetrov 2016, Ultimate tensorization.
 
     Example:
         >>> layer = TTConv2d(64, 64, 3, rank=(3, 8, 8), in_shape=(4, 4, 4), out_shape=(4, 4, 4), bias=False)
@@ -225,7 +229,8 @@ class TTConv3d(TTConv):
 
     The arguments are those of `nn.Conv3d`, then `rank` and the options of `TTConv2d`.
 
-    Reference: Garipov, Podoprikhin, Novikov, Vetrov 2016, Ultimate tensorization.
+    Reference:
+        Garipov, Podoprikhin, Novikov, Vetrov 2016, Ultimate tensorization.
 
     Example:
         >>> layer = TTConv3d(64, 64, 3, rank=(3, 8, 8), in_shape=(4, 4, 4), out_shape=(4, 4, 4), bias=False)

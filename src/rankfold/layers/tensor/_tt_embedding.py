@@ -13,9 +13,9 @@ from torch.nn import functional
 from rankfold.errors import LayerError
 from rankfold.layers._build import Device, check_type, finite_weight
 from rankfold.layers._contract import Call, Cost, Rank
-from rankfold.layers.tensor._tt_chain import Train, make_train
+from rankfold.layers.tensor._tt_chain import TTForm, make_form
 from rankfold.layers.tensor._tt_layer import TTLayer
-from rankfold.layers.tensor._tt_rows import RowPlan, bucket_of, rows_plans, table_rows
+from rankfold.layers.tensor._tt_rows import RowSchedule, bucket_of, row_schedules, table_rows
 
 REFUSED = {
     "max_norm": "it rescales rows of the table in place, and a train has none; normalise the output",
@@ -35,17 +35,17 @@ class TTEmbedding(TTLayer):
     """An embedding whose table is a tensor train: a row is a product of one slice of each core.
 
     With the digits `(i_1 ... i_d)` of index i in the radices `in_shape`, `row(i) = G_1[:, i_1] ... G_d[:, i_d]`, each
-    slice (r, dim_k, r'). The slices are gathered and multiplied in a batch, after neighbouring cores have been
-    merged where that has less to gather (`plan`); an index that occurs several times is computed once, except
-    inside a compiled or exported program, where sizes must not depend on values. The table is never built. The
-    output at `padding_idx` is zero and sends no gradient back.
+    slice (r, dim_k, r'). The slices are gathered and multiplied in a batch; before that, neighbouring cores are
+    merged where this leaves less to gather (`schedule`). An index that occurs several times is computed once, except in
+    a compiled or exported program, where sizes must not depend on values. The table is never built. The output at
+    `padding_idx` is zero and passes no gradient back.
 
     Args:
         num_embeddings: rows of the table.
         embedding_dim: size of each row.
         padding_idx: the index whose row is zero.
         max_norm: refused, as are `scale_grad_by_freq` and `sparse`: rows share their cores.
-        norm_type: of `max_norm`; kept to mirror `nn.Embedding`.
+        norm_type: that of `max_norm`, only there to mirror `nn.Embedding`.
         scale_grad_by_freq: refused.
         sparse: refused.
         device: where to put the parameters.
@@ -93,9 +93,9 @@ class TTEmbedding(TTLayer):
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             raise LayerError(f"TTEmbedding: padding_idx={padding_idx} is not an index of {num_embeddings} rows")
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
-        train = make_train("TTEmbedding", (embedding_dim, num_embeddings), in_shape, out_shape)
-        self._assemble(train, rank, device, dtype)
-        self._plans = rows_plans(self._chain)
+        form = make_form("TTEmbedding", (embedding_dim, num_embeddings), in_shape, out_shape)
+        self._assemble(form, rank, device, dtype)
+        self._schedules = row_schedules(self._chain)
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -113,21 +113,21 @@ class TTEmbedding(TTLayer):
             return output
         return output.masked_fill((input == self.padding_idx).unsqueeze(-1), 0)
 
-    def plan(self, rows: int) -> RowPlan:
+    def schedule(self, rows: int) -> RowSchedule:
         """Return which cores are merged before the look-up, and the order of the products, for distinct rows."""
-        return self._plans[bucket_of(rows)]
+        return self._schedules[bucket_of(rows)]
 
     def _distinct_rows(self, indices: Tensor) -> Tensor:
-        """Return the rows of the indices, each index computed once."""
+        """Return the rows of the indices, computing each distinct index once."""
         distinct, places = torch.unique(indices, return_inverse=True)  # sorted; places has the shape of indices
         if int(distinct[0]) < 0 or int(distinct[-1]) >= self.num_embeddings:
             raise IndexError(f"TTEmbedding: index out of range of its {self.num_embeddings} rows")
         return functional.embedding(places, self._rows(distinct))
 
     def _rows(self, indices: Tensor) -> Tensor:
-        plan = self._plans[bucket_of(indices.shape[0])]
-        rows = table_rows(list(self.cores), self._train.in_shape, indices, plan)
-        # a slice of everything would cost a copy of the gradient
+        schedule = self._schedules[bucket_of(indices.shape[0])]
+        rows = table_rows(list(self.cores), self._form.in_shape, indices, schedule)
+        # slicing off nothing would still copy the gradient
         return rows if rows.shape[1] == self.embedding_dim else rows[:, : self.embedding_dim]
 
     @property
@@ -150,10 +150,10 @@ class TTEmbedding(TTLayer):
 
     @classmethod
     def cost(cls, dense: nn.Module, calls: Sequence[Call], *, rank: Rank, **options: Any) -> Cost:
-        """Return parameters, and multiply-adds of the plan for each call, as if all its indices were distinct."""
-        train = cls._train_of(dense, **options)
-        plans, rows = rows_plans(train.chain(rank)), [math.prod(call.input) for call in calls]
-        return Cost(train.params(rank), sum(plans[bucket_of(count)].macs(count) for count in rows))
+        """Return parameters, and multiply-adds of the schedule for each call, as if all its indices were distinct."""
+        form = cls._form_of(dense, **options)
+        schedules, rows = row_schedules(form.chain(rank)), [math.prod(call.input) for call in calls]
+        return Cost(form.params(rank), sum(schedules[bucket_of(count)].macs(count) for count in rows))
 
     @staticmethod
     def _arguments(dense: Any) -> dict[str, Any]:
@@ -161,12 +161,12 @@ class TTEmbedding(TTLayer):
         return {name: getattr(dense, name) for name in names}
 
     @classmethod
-    def _train_of(
+    def _form_of(
         cls, dense: Any, *, in_shape: Sequence[int] | None = None, out_shape: Sequence[int] | None = None
-    ) -> Train:
+    ) -> TTForm:
         check_type(cls, dense, nn.Embedding)
         _refuse(dense)
-        return make_train("TTEmbedding", (dense.embedding_dim, dense.num_embeddings), in_shape, out_shape)
+        return make_form("TTEmbedding", (dense.embedding_dim, dense.num_embeddings), in_shape, out_shape)
 
     @classmethod
     def _matrix_of(cls, dense: Any) -> Tensor:

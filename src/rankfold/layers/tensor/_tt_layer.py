@@ -1,4 +1,4 @@
-"""The tensor-train layers' common part: everything of the contract that only needs a train and a folded weight."""
+"""What tensor-train layers share: all of the contract that only needs the form of a train and a folded weight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rankfold.layers._contract import Metric, Options, Rank, Spectrum
 from rankfold.layers._metric import corrected_bias, group_metrics
 from rankfold.layers._twin import TwinLayer
 from rankfold.layers.tensor._tt_chain import (
-    Train,
+    TTForm,
     balanced_options,
     check_fillable,
     decomposed,
@@ -25,7 +25,7 @@ from rankfold.layers.tensor._tt_chain import (
     fresh_cores_,
     squared_norm,
 )
-from rankfold.layers.tensor._tt_metric import errors_in_metric, train_in_metric
+from rankfold.layers.tensor._tt_metric import cores_in_metric, errors_in_metric
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -40,21 +40,21 @@ class TTLayer(TwinLayer):
 
     @classmethod
     @abstractmethod
-    def _train_of(
+    def _form_of(
         cls, dense: Any, *, in_shape: Sequence[int] | None = None, out_shape: Sequence[int] | None = None
-    ) -> Train:
-        """Return the train of the weight of a dense layer; a final class may take more options."""
+    ) -> TTForm:
+        """Return the form of the train of a dense layer's weight; a final class may take more options."""
 
     @classmethod
     @abstractmethod
     def _matrix_of(cls, dense: Any) -> Tensor:
         """Return the weight in float64 as the train's matrix, `(lead, out, in)` where it has a lead."""
 
-    def _assemble(self, train: Train, rank: Rank, device: Device, dtype: torch.dtype | None) -> None:
-        """Give the layer its cores, without values."""
-        self._chain = train.chain(rank)
+    def _assemble(self, form: TTForm, rank: Rank, device: Device, dtype: torch.dtype | None) -> None:
+        """Give the layer empty cores."""
+        self._chain = form.chain(rank)
         self._merging = self._chain.merge(0, len(self._chain.out_shape)).order
-        self._train, self._rank = train, tuple(rank) if isinstance(rank, (tuple, list)) else rank
+        self._form, self._rank = form, tuple(rank) if isinstance(rank, (tuple, list)) else rank
         self.cores = empty_cores(self._chain, device, dtype)
 
     def _fresh(self, target: float, generator: torch.Generator | None) -> None:
@@ -70,13 +70,13 @@ class TTLayer(TwinLayer):
 
     @property
     def options(self) -> Options:
-        """The options beside the rank: `like(dense, rank=rank, **options)` is the twin of this layer."""
+        """The options besides the rank: `like(dense, rank=rank, **options)` is the twin of this layer."""
         kept = {} if self.recompute is None else {"recompute": self.recompute}
-        return {**self._train.options, **kept}
+        return {**self._form.options, **kept}
 
     def squared_norm(self) -> Tensor:
         """Return the squared Frobenius norm of the weight, from transfer matrices of the cores (differentiable)."""
-        return squared_norm(list(self.cores), self._train)
+        return squared_norm(list(self.cores), self._form)
 
     def to_dense(self) -> nn.Module:
         """Return the stock layer that computes the same function."""
@@ -96,25 +96,25 @@ class TTLayer(TwinLayer):
         return getattr(self, "bias", None)
 
     def _matrix(self) -> Tensor:
-        return dense_matrix(list(self.cores), self._train, self._merging)
+        return dense_matrix(list(self.cores), self._form, self._merging)
 
     @classmethod
     def variants(cls, dense: nn.Module) -> tuple[Options, ...]:
         """Return the balanced shapes of 2, 3 and 4 cores with which some rank has fewer parameters than dense."""
-        train = cls._train_of(dense)
-        options = balanced_options((train.out_size, train.in_size))
+        form = cls._form_of(dense)
+        options = balanced_options((form.out_size, form.in_size))
         return tuple(chosen for chosen in options if cls.rank_grid(dense, **chosen))
 
     @classmethod
     def full_rank(cls, dense: nn.Module, **options: Any) -> Rank:
         """Return the cap at which the dense layer is reproduced to rounding."""
-        return cls._train_of(dense, **options).full_rank()
+        return cls._form_of(dense, **options).full_rank()
 
     @classmethod
     def rank_grid(cls, dense: nn.Module, *, multiple: int = 1, **options: Any) -> tuple[Rank, ...]:
         """Return caps (powers of two and half-way between), all with fewer parameters than the dense layer."""
-        train = cls._train_of(dense, **options)
-        return train.rank_grid(multiple, train.out_size * train.in_size * max(train.lead, 1))
+        form = cls._form_of(dense, **options)
+        return form.rank_grid(multiple, form.out_size * form.in_size * max(form.lead, 1))
 
     @classmethod
     def errors(
@@ -122,22 +122,22 @@ class TTLayer(TwinLayer):
     ) -> tuple[float, ...]:
         """Return the relative error of the weight at each rank, measured on one TT-SVD that is rounded to each.
 
-        In a metric it is an estimate of the error of the outputs, a little above what `from_dense` reaches.
+        In a metric it is an estimate of the error of the outputs, slightly above what `from_dense` reaches.
         """
         del seed  # nothing is random
-        train = cls._train_of(dense, **options)
+        form = cls._form_of(dense, **options)
         for rank in ranks:
-            check_fillable(train, rank)
+            check_fillable(form, rank)
         groups = group_metrics(cls, dense, metric)
         if metric is None:
-            return errors(train, cls._matrix_of(dense), ranks)
-        if not any(groups):  # nothing that changes reaches the outputs
+            return errors(form, cls._matrix_of(dense), ranks)
+        if not any(groups):  # its inputs never vary, or its outputs carry no weight
             return (0.0,) * len(ranks)
-        return errors_in_metric(train, cls._matrix_of(dense), ranks, groups, metric)
+        return errors_in_metric(form, cls._matrix_of(dense), ranks, groups, metric)
 
     @classmethod
     def spectra(cls, dense: nn.Module, **options: Any) -> tuple[Spectrum, ...]:
-        """Return nothing: one cap stands for all bonds, so there is no spectrum per entry of the rank."""
+        """Return nothing: a single cap covers all bonds, so there is no spectrum per entry of the rank."""
         del dense, options
         return ()
 
@@ -150,14 +150,14 @@ class TTLayer(TwinLayer):
         In a metric the cores are then solved for again, one after the other.
         """
         del seed  # nothing is random
-        train = cls._train_of(dense, **options)
-        check_fillable(train, rank)
+        form = cls._form_of(dense, **options)
+        check_fillable(form, rank)
         groups, matrix = group_metrics(cls, dense, metric), cls._matrix_of(dense)
         layer = cls._hollow(dense, rank, None, options)
-        if metric is None or not any(groups) or train.chain(rank).ranks[1:-1] == train.full_bonds():
-            values = decomposed(train, matrix, rank)
+        if metric is None or not any(groups) or form.chain(rank).ranks[1:-1] == form.full_bonds():
+            values = decomposed(form, matrix, rank)
         else:
-            values = train_in_metric(train, matrix, rank, groups, metric)
+            values = cores_in_metric(form, matrix, rank, groups, metric)
         fill_cores_(list(layer.cores), values)
         if metric is not None:
             copy_(layer._bias(), corrected_bias(dense, layer.weight, metric))  # type: ignore[arg-type]

@@ -13,11 +13,11 @@ from torch.nn import functional
 
 from rankfold.layers._build import Device, check_type, finite_weight, fresh_bias_
 from rankfold.layers._contract import Call, Cost, Rank
-from rankfold.layers.tensor._tt_chain import Train, make_train
+from rankfold.layers.tensor._tt_chain import TTForm, make_form
 from rankfold.layers.tensor._tt_contract import core_list, in_chunks, matrices_of, sweep_state
 from rankfold.layers.tensor._tt_layer import TTLayer
-from rankfold.layers.tensor._tt_order import BATCHES, Sweep, bucket, plan_sweep
-from rankfold.layers.tensor._tt_plan import TTPlan, checked_recompute, describe, pick, sweeps, wants_gradients
+from rankfold.layers.tensor._tt_order import BATCHES, Sweep, bucket, schedule_sweep
+from rankfold.layers.tensor._tt_schedule import TTSchedule, checked_recompute, describe, pick, sweeps, wants_gradients
 
 
 @final
@@ -25,11 +25,11 @@ class TTLinear(TTLayer):
     """A linear layer whose weight is a tensor train over paired modes of outputs and inputs.
 
     `W[(m_1 ... m_d), (n_1 ... n_d)] = G_1[:, m_1, n_1] ... G_d[:, m_d, n_d]`. The forward pass is a chain of
-    reshapes and matrix products in an order planned for the number of rows and for inference or training (`plan`),
-    and builds the weight only where that is cheaper and the weight small. At rank 1 to 8 a layer of thousands of
-    inputs has some hundred to some thousand parameters; at large ranks, or large batches, a dense or a low-rank layer
-    is faster. Rows are taken in chunks, so that intermediates stay small; a compiled or exported program takes
-    them at once.
+    reshapes and matrix products in an order chosen for the number of rows and for inference or training (`schedule`),
+    and the weight is built only where that is cheaper and the weight small. At ranks 1 to 8 a layer with thousands of
+    inputs has a few hundred to a few thousand parameters; at large ranks, or large batches, a dense or a low-rank layer
+    is faster. Rows are taken in chunks to keep intermediates small; a compiled or exported program takes them all at
+    once.
 
     Args:
         in_features: size of each input.
@@ -40,8 +40,8 @@ class TTLinear(TTLayer):
         rank: a cap for every bond, clipped to what each can have, or one per bond.
         in_shape: dims whose product is at least `in_features`; by default balanced. Larger products are padded.
         out_shape: as many dims for `out_features`.
-        recompute: computes intermediates again in backward, chunk by chunk, where they take more than this many times
-            the entries of input and output; 0 does wherever there are any, None (default) keeps them all.
+        recompute: recompute intermediates in backward, chunk by chunk, where they have more than this many times the
+            entries of input and output; 0 recomputes all of them, None (default) keeps them.
         redundant: allows bonds beyond what the modes can use, and does not clip an int `rank`: for training
             from scratch in a published configuration that has such bonds. No dense weight has that decomposition.
 
@@ -76,13 +76,13 @@ class TTLinear(TTLayer):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        train = make_train("TTLinear", (out_features, in_features), in_shape, out_shape, redundant=redundant)
-        self._assemble(train, rank, device, dtype)
+        form = make_form("TTLinear", (out_features, in_features), in_shape, out_shape, redundant=redundant)
+        self._assemble(form, rank, device, dtype)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.recompute = checked_recompute("TTLinear", recompute)
-        self._plans = sweeps(self._chain, recompute)
-        self._padding = math.prod(train.in_shape) - in_features
-        self._surplus = math.prod(train.out_shape) - out_features
+        self._schedules = sweeps(self._chain, recompute)
+        self._padding = math.prod(form.in_shape) - in_features
+        self._surplus = math.prod(form.out_shape) - out_features
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -91,43 +91,43 @@ class TTLinear(TTLayer):
         fresh_bias_(self.bias, self.in_features, generator)
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
-        """Multiply the train with the last axis of the input."""
+        """Multiply the train by the last axis of the input."""
         rows = input if input.dim() == 2 else input.reshape(-1, self.in_features)
         cores = core_list(self, len(self._chain.out_shape))
-        sweep = pick(self._plans, rows.shape[0], wants_gradients(cores))
+        sweep = pick(self._schedules, rows.shape[0], wants_gradients(cores))
         matrices = matrices_of(cores, sweep)
         if not sweep.recompute and (torch.compiler.is_compiling() or rows.shape[0] <= sweep.chunk):
-            output = self._swept(sweep, rows, *matrices)  # the usual call, without detours
+            output = self._swept(sweep, rows, *matrices)  # the usual call, kept short
         else:
             run = partial(self._swept, sweep)
             output = in_chunks(run, rows, matrices, chunk=sweep.chunk, recompute=sweep.recompute)
         return output if input.dim() == 2 else output.reshape(*input.shape[:-1], self.out_features)
 
     def _swept(self, sweep: Sweep, rows: Tensor, *matrices: Tensor) -> Tensor:
-        """Multiply the matrices of a sweep with rows of the input, and add the bias."""
+        """Apply the matrices of a sweep to rows of the input, and add the bias."""
         if self._padding:
             rows = functional.pad(rows, (0, self._padding))
         output = sweep_state(rows, matrices, sweep)  # rows, padded out
         if self._surplus:
             output = output[:, : self.out_features]
-        return output if self.bias is None else output + self.bias.to(output.dtype)  # autocast leaves it wide
+        return output if self.bias is None else output + self.bias.to(output.dtype)  # autocast does not narrow it
 
-    def plan(self, batch: int, training: bool | None = None) -> TTPlan:
-        """Return how the layer is computed for a number of rows, and what that costs.
+    def schedule(self, batch: int, training: bool | None = None) -> TTSchedule:
+        """Return how the layer would be computed for a number of rows, and what that costs.
 
         Args:
             batch: rows of the input, >= 0.
-            training: whether a backward pass follows; by default, whether it does after a call at this place.
+            training: whether a backward pass follows; by default, whether it would after a call here and now.
 
         Example:
             >>> import torch
             >>> layer = TTLinear(4096, 4096, rank=8, in_shape=(8, 8, 8, 8), out_shape=(8, 8, 8, 8))
-            >>> layer.plan(1024, training=True).groups, layer.plan(1024, training=True).chunk
+            >>> layer.schedule(1024, training=True).groups, layer.schedule(1024, training=True).chunk
             (((0, 2), (2, 4)), 16)
         """
         cores = core_list(self, len(self._chain.out_shape))
         mode = wants_gradients(cores) if training is None else training
-        return describe(self._chain, pick(self._plans, batch, mode), batch, mode, cores[0].element_size())
+        return describe(self._chain, pick(self._schedules, batch, mode), batch, mode, cores[0].element_size())
 
     @property
     def weight(self) -> Tensor:
@@ -136,12 +136,12 @@ class TTLinear(TTLayer):
 
     @classmethod
     def cost(cls, dense: nn.Module, calls: Sequence[Call], *, rank: Rank, **options: Any) -> Cost:
-        """Return parameters, and multiply-adds of the order planned for the rows of each call."""
-        train = cls._train_of(dense, **options)
-        chain, bias = train.chain(rank), dense.out_features if dense.bias is not None else 0
+        """Return parameters, and multiply-adds of the order chosen for the rows of each call."""
+        form = cls._form_of(dense, **options)
+        chain, bias = form.chain(rank), dense.out_features if dense.bias is not None else 0
         rows = [math.prod(call.input[:-1]) for call in calls]
-        macs = sum(plan_sweep(chain, BATCHES[bucket(count)]).macs(count) for count in rows)
-        return Cost(train.params(rank) + int(bias), macs)  # type: ignore[arg-type]
+        macs = sum(schedule_sweep(chain, BATCHES[bucket(count)]).macs(count) for count in rows)
+        return Cost(form.params(rank) + int(bias), macs)  # type: ignore[arg-type]
 
     @staticmethod
     def _arguments(dense: Any) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class TTLinear(TTLayer):
         return {**features, "bias": dense.bias is not None}
 
     @classmethod
-    def _train_of(
+    def _form_of(
         cls,
         dense: Any,
         *,
@@ -157,11 +157,11 @@ class TTLinear(TTLayer):
         out_shape: Sequence[int] | None = None,
         recompute: float | None = None,
         redundant: bool = False,
-    ) -> Train:
+    ) -> TTForm:
         check_type(cls, dense, nn.Linear)
         checked_recompute("TTLinear", recompute)
         sizes = (dense.out_features, dense.in_features)
-        return make_train("TTLinear", sizes, in_shape, out_shape, redundant=redundant)
+        return make_form("TTLinear", sizes, in_shape, out_shape, redundant=redundant)
 
     @classmethod
     def _matrix_of(cls, dense: Any) -> Tensor:

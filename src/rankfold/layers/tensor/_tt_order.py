@@ -1,11 +1,11 @@
-"""In which order a tensor train is contracted: planned on integers, by a model of the time of each step.
+"""The order in which a tensor train is contracted: found from sizes alone, by a model of the time of each step.
 
-A sweep takes the cores, neighbours merged into groups `[i, j)`, from the left or from the right. Each group is one
-step, a batch of matrix products per row. One group of all cores is the dense matrix, two are merged halves, d the
-plain sweep of Novikov et al. (2015); the groups are the shortest path from 0 to d. The cores of a group are merged by
-the fastest tree of products, as a chain of matrices is multiplied. The model counts the time of the products (short
-inner sizes and few columns are slow), what is moved, and calls; its constants fit float32 on one core with AVX-512.
-Only their ratios matter. `benchmarks/is_the_contraction_plan_right.py` checks it.
+A sweep goes through the cores from the left or from the right, neighbours merged into groups `[i, j)`. Each group is
+one step: a batch of matrix products per row. One group of all cores is the dense matrix, two groups are merged halves,
+and d groups the plain sweep of Novikov et al. (2015); the best groups are a shortest path from 0 to d. The cores of a
+group are merged by the fastest tree of products, as in matrix chain multiplication. The model adds up the time of the
+products (slow with a short inner size or few columns), of moving data, and of calls; its constants fit float32 on one
+core with AVX-512. Only their ratios matter. `benchmarks/is_the_contraction_schedule_right.py` checks it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from typing import NamedTuple
 
 import torch
 
-BATCHES = (1, 4, 32, 256, 2048, 16384)
-"""Rows that plans are made for; a call takes the plan of the next one, the last where rows are symbolic."""
+from rankfold.layers._build import LARGEST_MERGE
 
-LARGEST_MERGE = 2**24
-"""Entries that merged cores may have: a dense weight beyond this is never rebuilt in a forward pass."""
+BATCHES = (1, 4, 32, 256, 2048, 16384)
+"""Row counts that schedules are made for: a call takes the next larger one, or the last where rows are symbolic."""
 
 CHUNK = 2**19
 """Entries that an intermediate may have: rows are taken in chunks below it. A single row is never split."""
@@ -32,7 +31,8 @@ CHUNK = 2**19
 RATE, LAUNCH, PRODUCT, MOVE, FETCH, BEYOND = 48e9, 5e-6, 6e-8, 1e-10, 1e-9, 1e-6
 
 TIE = 0.97
-"""In training from the right only where that takes less than this share of the time: measured, the left wins ties."""
+"""In training, a sweep starts from the right only if it takes less than this share of the time from the left, which
+wins ties when measured."""
 
 TINY = 400
 """Multiply-adds below which the products of a batch are plain loops."""
@@ -65,10 +65,10 @@ class Chain:
 
 @dataclass(frozen=True)
 class Merge:
-    """How neighbouring cores become one, product by product.
+    """How neighbouring cores are merged into one, product by product.
 
     Attributes:
-        order: which of the parts that are left is joined with the next one.
+        order: position, among the parts that remain, of the one that is joined with the next.
         joins: the products (rows, bond, columns).
         seconds: the cost model's time.
     """
@@ -107,7 +107,7 @@ def _merges(chain: Chain) -> dict[Pair, Merge]:
 
 
 def _joining(rows: int, bond: int, columns: int) -> float:
-    """Seconds of a product of two parts: what it makes is written, brought into order, read."""
+    """Seconds of a product of two parts: the result is written, reordered and read."""
     made = rows * columns
     slow = MOVE if made <= CHUNK else FETCH if made <= LARGEST_MERGE else BEYOND
     return _product(rows, bond, columns) + 5 * LAUNCH + 3 * slow * made
@@ -191,7 +191,7 @@ def _product_of_batch(rows: int, inner: int, columns: int) -> float:
 
 
 class Turn(NamedTuple):
-    """All that a call needs to know of a group: its cores, how they are merged, and its step for one column."""
+    """What a call needs to know about a group: its cores, how they are merged, and its step for one column."""
 
     start: int
     stop: int
@@ -209,8 +209,8 @@ class Sweep:
     Attributes:
         groups: (start, stop) of each merged group, from left to right.
         from_left: which end the sweep starts at.
-        chunk: rows taken at a time; 0 where all are.
-        recompute: whether intermediates are computed again in backward instead of kept.
+        chunk: rows taken at a time; 0 for all at once.
+        recompute: whether backward recomputes the intermediates instead of keeping them.
         fixed_macs: multiply-adds of merging, once per call.
         row_macs: multiply-adds per row and column.
         score: the cost model's time, in multiply-adds at the full rate.
@@ -241,7 +241,7 @@ class Sweep:
 
 
 def bucket(rows: int | torch.SymInt) -> int:
-    """Return which entry of `BATCHES` the plan for this many rows is made for."""
+    """Return the position in `BATCHES` of the schedule that serves this many rows."""
     last = len(BATCHES) - 1
     if not isinstance(rows, int):  # a symbol of an exported program: comparing it would fix its range
         return last
@@ -252,7 +252,9 @@ def bucket(rows: int | torch.SymInt) -> int:
 
 
 @lru_cache(maxsize=4096)
-def plan_sweep(chain: Chain, rows: int, *, both_ends: bool = True, training: bool = False, columns: int = 1) -> Sweep:
+def schedule_sweep(
+    chain: Chain, rows: int, *, both_ends: bool = True, training: bool = False, columns: int = 1
+) -> Sweep:
     """Return the order that the cost model finds fastest, each row carrying a number of columns."""
     left = _shortest(chain, rows, True, training, columns)
     if not both_ends:

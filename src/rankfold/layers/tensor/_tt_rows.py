@@ -1,8 +1,8 @@
-"""Rows of a table that is a tensor train: products of gathered slices, in an order planned on integers.
+"""Rows of a table that is a tensor train: products of gathered slices, in an order found from sizes alone.
 
-Neighbouring cores are merged before the look-up where they have fewer slices than rows are asked for: the two
-halves of a table of a million rows have some thousand slices each, and one product per row is left. The
-table itself, all cores merged, is never built.
+Neighbouring cores are merged before the look-up where they have fewer slices than there are rows to look up: the two
+halves of a table of a million rows have about a thousand slices each, which leaves one product per row. The table
+itself, with all cores merged, is never built.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from rankfold.layers.tensor._tt_order import Chain
 Pair = tuple[int, int]
 
 ROWS = (1, 8, 64, 512, 4096, 32768)
-"""Rows that plans are made for; a call takes the plan of the next one."""
+"""Row counts that schedules are made for; a call takes the next larger one."""
 
 TYPICAL_ROWS = 512
-"""What a plan is made for where the number of rows is a symbol of an exported program."""
+"""The row count that a schedule is made for where the number of rows is a symbol of an exported program."""
 
-# The cost model, in multiply-adds: what moving one entry, one small product of a batch and one call are worth.
+# The cost model, in multiply-adds: the worth of moving one entry, of one small product in a batch, and of one call.
 MOVE, PRODUCT, LAUNCH = 8.0, 4e3, 4e5
 
 
 @dataclass(frozen=True)
-class RowPlan:
+class RowSchedule:
     """An order of work for the rows of a table.
 
     Attributes:
@@ -55,24 +55,26 @@ class RowPlan:
         return self.fixed_macs + rows * self.row_macs
 
 
-def rows_plans(chain: Chain) -> tuple[RowPlan, ...]:
-    """Return a plan for every entry of `ROWS`."""
-    return tuple(plan_rows(chain, rows) for rows in ROWS)
+def row_schedules(chain: Chain) -> tuple[RowSchedule, ...]:
+    """Return a schedule for every entry of `ROWS`."""
+    return tuple(schedule_rows(chain, rows) for rows in ROWS)
 
 
 def bucket_of(rows: int | torch.SymInt) -> int:
-    """Return which entry of `ROWS` the plan for this many rows is made for."""
-    count = rows if isinstance(rows, int) else TYPICAL_ROWS  # comparing a symbol would fix its range
+    """Return the position in `ROWS` of the schedule that serves this many rows."""
+    count = (
+        rows if isinstance(rows, int) else TYPICAL_ROWS
+    )  # comparing a symbol would specialise the program to its range
     return next((k for k, limit in enumerate(ROWS) if count <= limit), len(ROWS) - 1)
 
 
 @lru_cache(maxsize=4096)
-def plan_rows(chain: Chain, rows: int) -> RowPlan:
+def schedule_rows(chain: Chain, rows: int) -> RowSchedule:
     """Return the cheapest grouping and direction for a number of rows."""
-    return min((_shortest(chain, rows, from_left) for from_left in (True, False)), key=lambda plan: plan.score)
+    return min((_shortest(chain, rows, from_left) for from_left in (True, False)), key=lambda schedule: schedule.score)
 
 
-def _shortest(chain: Chain, rows: int, from_left: bool) -> RowPlan:
+def _shortest(chain: Chain, rows: int, from_left: bool) -> RowSchedule:
     """The cheapest groups from one end, two at least: a shortest path over the bonds 0 ... d."""
     order = len(chain.in_shape)
     best: list[tuple[float, tuple[Pair, ...]]] = [(0.0, ())]
@@ -85,7 +87,7 @@ def _shortest(chain: Chain, rows: int, from_left: bool) -> RowPlan:
         best.append(min(arrivals))
     score, groups = best[order]
     merges = [chain.merge(*group) for group in groups]
-    return RowPlan(
+    return RowSchedule(
         groups,
         from_left,
         sum(merge.macs for merge in merges),
@@ -116,26 +118,26 @@ def _score(chain: Chain, group: Pair, rows: int, from_left: bool) -> float:
     return chain.merge(start, stop).macs + MOVE * moved + rows * (macs + PRODUCT * (macs > 0)) + calls
 
 
-def table_rows(cores: Sequence[Tensor], radices: Sequence[int], indices: Tensor, plan: RowPlan) -> Tensor:
+def table_rows(cores: Sequence[Tensor], radices: Sequence[int], indices: Tensor, schedule: RowSchedule) -> Tensor:
     """Return the rows of a table: slices gathered by the digits of each index, multiplied in a batch.
 
     Args:
         cores: (r, dim_k, radix_k, r') each; the first r and the last r' are 1.
         radices: those of the digits of an index, the most significant first.
         indices: (rows,), each at least 0 and below the product of the radices.
-        plan: from `plan_rows`.
+        schedule: from `schedule_rows`.
 
     Returns:
         (rows, product of the dims).
     """
     slices = []
-    for (start, stop), order in zip(plan.groups, plan.merges, strict=True):
+    for (start, stop), order in zip(schedule.groups, schedule.merges, strict=True):
         below = math.prod(radices[stop:])
         digits = torch.div(indices, below, rounding_mode="floor") if below > 1 else indices
         digits = digits % math.prod(radices[start:stop]) if start else digits
         by_index = merge(cores[start:stop], order).permute(2, 0, 1, 3).contiguous()  # radix, r, dim, r'
         slices.append(by_index.index_select(0, digits))  # rows, r, dim, r'
-    return (_from_left if plan.from_left else _from_right)(slices)
+    return (_from_left if schedule.from_left else _from_right)(slices)
 
 
 def _from_left(slices: Sequence[Tensor]) -> Tensor:

@@ -1,1 +1,1 @@
-"""Flexible activations: a block of a network decoupled into one flexible layer."""
+"""Flexible activations: replace a block of a network by one flexible layer."""

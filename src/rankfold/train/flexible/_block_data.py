@@ -18,20 +18,20 @@ from rankfold.layers import FlexibleLayer, block_class, pointwise_twin, stock_tw
 from rankfold.planning import block_modules, layer_refusal, structural_refusals
 from rankfold.surgery import NORMS, folded
 
-SHARES = 8  # a batch gives at most one part in so many of the samples
-AGREEMENT = 1e-3  # relative difference of outputs that float32 explains
+FEWEST_BATCHES = 8  # a batch contributes at most 1/8 of the samples
+AGREEMENT = 1e-3  # relative difference of outputs that float32 rounding can explain
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A block as a chain of linear layers and pointwise functions between them, computing in float64.
+    """A block as a chain of linear layers with pointwise functions between them, in float64.
 
-    A convolution of kernel 1 is a linear layer here, of the channels at one position.
+    A convolution of kernel 1 counts as a linear layer of the channels at one position.
 
     Attributes:
-        stages: `nn.Linear` layers and other modules, copies of the model's.
+        stages: copies of the model's modules: `nn.Linear` layers and pointwise functions.
         source: the first layer as it is in the model.
-        kind: the class of the layer that may take the block's place.
+        kind: the class of the layer that can replace the block.
     """
 
     stages: tuple[nn.Module, ...]
@@ -52,22 +52,22 @@ class Block:
 
     @property
     def axis(self) -> int:
-        """The dim of the model's tensors that the layers act on, counted from the last one."""
+        """The dim of the model's tensors that the layers act on, counted from the end."""
         return int(getattr(self.kind, "channels", -1))
 
     def rows(self, inputs: Tensor) -> Tensor:
-        """Return the rows (samples, in) of the block's input in the model: the channels at every position."""
+        """Return the block's input in the model as rows (samples, in): of images, the channels at each position."""
         moved = inputs.movedim(self.axis, -1)
         return moved.reshape(-1, moved.shape[-1])
 
     def replay(self, inputs: Tensor) -> Tensor:
-        """Return what the block gives for its input in the model, in the dtype of that."""
+        """Return the output of the block for its input in the model, in the dtype of the input."""
         moved = inputs.movedim(self.axis, -1)
         values = self(self.rows(inputs).double()).to(inputs.dtype)
         return values.reshape(*moved.shape[:-1], -1).movedim(-1, self.axis)
 
     def slopes(self, inputs: Tensor) -> list[Tensor | None]:
-        """Return per stage the derivatives (samples, width) of a pointwise function; None for a linear layer."""
+        """Return the derivatives (samples, width) of each pointwise stage; None for a linear layer."""
         found: list[Tensor | None] = []
         for stage in self.stages:
             if isinstance(stage, nn.Linear):
@@ -104,13 +104,13 @@ def _weight(stage: nn.Module) -> Tensor:
 
 
 def read_block(model: nn.Module, name: str) -> Block:
-    """Return a block of a model, once it is known to be linear layers with pointwise functions between them.
+    """Return a block of a model after checking that it is linear layers with pointwise functions between them.
 
-    A BatchNorm behind a linear layer or a convolution becomes part of it, as it is in eval mode.
+    A BatchNorm after a linear layer or a convolution is merged into it, as in eval mode.
 
     Raises:
         PlanError: the model has no such block.
-        LayerError: one of its modules is neither linear nor pointwise, or may not be replaced.
+        LayerError: one of its modules is neither linear nor pointwise, or cannot be replaced.
     """
     modules = block_modules(model, name)
     refused = structural_refusals(model)
@@ -138,13 +138,13 @@ def read_block(model: nn.Module, name: str) -> Block:
 
 
 def _has_weight(module: nn.Module) -> bool:
-    """Tell whether a module must be linear to be part of a block: it has parameters and is no activation or norm."""
+    """Tell whether a module must be linear to be in a block: it has parameters and is neither activation nor norm."""
     activation = isinstance(module, nn.PReLU) and module.num_parameters == 1
     return type(module) not in NORMS and not activation and next(module.parameters(recurse=False), None) is not None
 
 
 def _linear_stage(block: str, name: str, module: nn.Module, reason: str | None, width: int | None) -> nn.Module:
-    """Return a linear layer, or a convolution of kernel 1, as a linear layer of its own in float64."""
+    """Return a linear layer, or a convolution of kernel 1, as a new linear layer in float64."""
     reason = reason or layer_refusal(name, module)
     try:
         if reason:
@@ -161,13 +161,13 @@ def _linear_stage(block: str, name: str, module: nn.Module, reason: str | None, 
 
 
 def _width(stages: Sequence[nn.Module]) -> int | None:
-    """Return how many features the last linear layer gives; None where there is none yet."""
+    """Return the number of output features of the last linear layer; None if there is none yet."""
     linears = [stage for stage in stages if isinstance(stage, nn.Linear)]
     return linears[-1].out_features if linears else None
 
 
 def _normalised(block: str, name: str, norm: Any, before: nn.Module) -> nn.Module:
-    """Return a linear layer with the BatchNorm behind it in it."""
+    """Return a linear layer with the BatchNorm after it merged into it."""
     if not isinstance(before, nn.Linear) or norm.num_features != before.out_features:
         raise LayerError(
             f"block {block!r}: {name!r} ({_kind(norm)}) does not come right behind a linear layer or a convolution of "
@@ -194,7 +194,7 @@ def _kind(module: nn.Module) -> str:
 
 
 def _check_pointwise(block: str, name: str, module: nn.Module, width: int) -> None:
-    """Raise unless each entry that a module returns depends on the same entry alone, in one way for all."""
+    """Raise unless each output of a module depends on the input at the same place only, by the same function."""
     pointwise = copy.deepcopy(module).double().eval()
     at = torch.linspace(-3, 3, 4 * width, dtype=torch.float64, device=device_of(module)).reshape(4, width)
     half = max(1, width // 2)
@@ -212,19 +212,18 @@ def _check_pointwise(block: str, name: str, module: nn.Module, width: int) -> No
 
 
 def sample_inputs(model: nn.Module, name: str, data: Iterable[Any], block: Block, samples: int, seed: int) -> Tensor:
-    """Return at most `samples` rows that the block receives on the data (rows, in), in float64.
+    """Return at most `samples` rows (rows, in) of the block's input on the data, in float64.
 
-    Of a convolution's input a row is the channels at one position; each batch gives positions of its images at random.
-
-    The first batch also shows that the block is a chain: what its last module returns must be what the stages
-    compute, and the model's outputs must not change when the first module returns this and the others pass it on.
+    For a convolution, a row is the channels at one position; positions are drawn at random from the images of each
+    batch. The first batch is also used to check that the block is a chain: its last module must return what the stages
+    compute, and the model's outputs must not change if the first module returns that and the others pass it on.
 
     Raises:
-        DataError: no batch, or NaN or Inf among the rows.
-        LayerError: the block branches, or something happens between its modules.
+        DataError: there is no batch, or the rows contain NaN or Inf.
+        LayerError: the block branches, or something is computed between its modules.
     """
     if isinstance(data, Tensor):
-        raise DataError("data is an iterable of batches, such as a DataLoader or a list of tensors, not a tensor")
+        raise DataError("data must be an iterable of batches, such as a DataLoader or a list of tensors, got a tensor")
     generator = torch.Generator().manual_seed(seed)
     modules = list(block_modules(model, name).values())
     rows: list[Tensor] = []
@@ -238,7 +237,7 @@ def sample_inputs(model: nn.Module, name: str, data: Iterable[Any], block: Block
             _check_finite(name, found)
             if not rows:
                 _check_chain(model, name, modules, block, arguments)
-            chosen = torch.randperm(len(found), generator=generator)[: max(1, samples // SHARES)]
+            chosen = torch.randperm(len(found), generator=generator)[: max(1, samples // FEWEST_BATCHES)]
             rows.append(found[chosen.to(found.device)].double())
             if sum(map(len, rows)) >= samples:
                 break
@@ -256,7 +255,7 @@ def _check_finite(name: str, rows: Tensor) -> None:
 
 
 def _inputs_of(model: nn.Module, module: nn.Module, arguments: Any) -> list[Tensor]:
-    """Return what a module receives, call by call."""
+    """Return the inputs of a module, one per call."""
     seen: list[Tensor] = []
     with ExitStack() as stack:
         stack.callback(module.register_forward_pre_hook(lambda _, args: seen.append(args[0])).remove)
@@ -265,7 +264,7 @@ def _inputs_of(model: nn.Module, module: nn.Module, arguments: Any) -> list[Tens
 
 
 def _check_chain(model: nn.Module, name: str, modules: Sequence[nn.Module], block: Block, arguments: Any) -> None:
-    """Raise unless the model's outputs stay the same when the first module does the work of the whole block."""
+    """Raise unless the model's outputs stay the same when the first module computes the whole block."""
     args, kwargs = arguments
     wanted = _tensors(model(*args, **kwargs))
     first, *rest = modules
@@ -289,7 +288,7 @@ BRANCHES = (
 
 @contextmanager
 def _computing(module: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let a module compute a function for the length of a block."""
+    """Replace the forward of a module by a function within a `with` block."""
     own = vars(module).get("forward")
     module.forward = function
     try:
@@ -309,5 +308,5 @@ def _agree(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape:
         return False
     if not one.is_floating_point() or not one.numel():
-        return True  # indices of a tie may go either way
+        return True  # a tie between indices may be resolved either way
     return torch.allclose(one, other, rtol=AGREEMENT, atol=AGREEMENT * float(other.abs().max()), equal_nan=True)

@@ -1,4 +1,4 @@
-"""The last step of decoupling: every parameter of the layer fitted to the block's values at many rows."""
+"""The last step of decoupling: fit all parameters of the layer to the block's values at many rows."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rankfold.train._recipe import Recipe
 from rankfold.train.flexible._block_data import Block
 
 PASSES, BATCH, RATE = 10, 256, 1e-3
-STEPS = 750  # at least; few rows are passed over more often
+FEWEST_STEPS = 750  # at least; with few rows there are more passes
 
 
 @dataclass(frozen=True, eq=False)
 class _Shuffled:
-    """Batches of inputs and values, in another order in each pass."""
+    """Batches of inputs and values, shuffled in each pass."""
 
     inputs: Tensor
     values: Tensor
@@ -39,9 +39,9 @@ class _Shuffled:
 
 
 def fitted_to_values(layer: FlexibleLinear, block: Block, inputs: Tensor, held: Tensor, seed: int) -> FlexibleLinear:
-    """Return the layer after some passes of AdamW over the values; as it was where that is no better on held-out rows.
+    """Return the layer after training it with AdamW on the values; unchanged if that is no better on held-out rows.
 
-    It minimises the squared error of the values; their Jacobians, which led to the layer, have no part in it.
+    Minimises the squared error of the values only; the Jacobians, from which the layer was found, are not used.
     """
     dtype = torch.promote_types(layer.up.weight.dtype, torch.float32)
     fitted = copy.deepcopy(layer).to(dtype)
@@ -56,7 +56,7 @@ def fitted_to_values(layer: FlexibleLinear, block: Block, inputs: Tensor, held: 
         seed=seed,
         progress=False,
     )
-    passes = max(PASSES, math.ceil(STEPS / len(batches)))
+    passes = max(PASSES, math.ceil(FEWEST_STEPS / len(batches)))
     fit(fitted, batches, epochs=passes, lr=RATE, recipe=recipe)
     fitted = fitted.to(layer.up.weight.dtype)
     before, after = (value_error(one, block, held) for one in (layer, fitted))
@@ -64,7 +64,7 @@ def fitted_to_values(layer: FlexibleLinear, block: Block, inputs: Tensor, held: 
 
 
 def value_error(layer: FlexibleLinear, block: Block, inputs: Tensor, *, centred: bool = True) -> float:
-    """Return the relative Frobenius error of the values, if `centred` from their mean over these inputs."""
+    """Return the relative Frobenius error of the values; if `centred`, relative to their deviation from the mean."""
     wanted = block(inputs)
     with torch.no_grad():
         got = layer(inputs.to(layer.up.weight.dtype)).to(wanted.dtype)

@@ -1,4 +1,4 @@
-"""A block's values and Jacobians at samples, in coordinates that suit its data and are few."""
+"""A block's values and Jacobians at samples, in a few coordinates that suit its data."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from rankfold.decompose import Basis, Coupled, Neurons, coupled
 from rankfold.errors import DataError
 from rankfold.train.flexible._block_data import Block
 
-FLOOR = 1e-4  # of the mean variance of the inputs, given to every direction
+FLOOR = 1e-4  # of the mean variance of the inputs, added in every direction
 ROOM = 16  # coordinates beyond twice the rank that a compressed Jacobian keeps
-SHOWN = 512  # samples whose gradients show them
-PROBES = 16  # random combinations of outputs whose gradients show the directions that matter
-COPIES = 6  # of the Jacobians, that the solver makes at most
-TEMPORARY = 1 << 22  # entries of the products that are formed at a time
+GRADIENT_SAMPLES = 512  # samples whose gradients determine these coordinates
+PROBES = 16  # random combinations of outputs whose gradients determine the directions that matter
+COPIES = 6  # copies of the Jacobians that the solver makes at most
+TEMPORARY = 1 << 22  # entries of the products that are formed at once
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "tanh": "tanh", "silu": "gelu", "swish": "gelu", "sigmoid": "tanh"}
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """Coordinates of a block's inputs and outputs: `x = mean + into z`, `y = onto w`, both compressed.
+    """Compressed coordinates of a block's inputs and outputs: `x = mean + into z`, `y = onto w`.
 
-    In z the samples have unit variance, so that a Jacobian counts where the inputs vary, and as much as they do.
+    The samples have unit variance in z, so a Jacobian counts in each direction as much as the inputs vary in it.
 
     Attributes:
-        mean: of the inputs (in,).
-        into: from the coordinates to the inputs (in, kept).
-        back: from the inputs less their mean to the coordinates (kept, in).
+        mean: mean of the inputs (in,).
+        into: maps the coordinates to the inputs (in, kept).
+        back: maps the inputs, less their mean, to the coordinates (kept, in).
         onto: orthonormal directions of the outputs (out, kept).
     """
 
@@ -40,7 +40,7 @@ class Frame:
 
 
 def frame_of(block: Block, inputs: Tensor, rank: int, seed: int) -> Frame:
-    """Return the leading coordinates: of the Jacobians in whitened inputs, and of these and the values in outputs."""
+    """Return leading coordinates: of the inputs for the Jacobians, of the outputs for Jacobians and values."""
     mean = inputs.mean(0)
     centred = inputs - mean
     covariance = centred.T @ centred / len(inputs)
@@ -48,13 +48,13 @@ def frame_of(block: Block, inputs: Tensor, rank: int, seed: int) -> Frame:
     variances, axes = torch.linalg.eigh(covariance)
     deviations = variances.clamp_min(torch.finfo(variances.dtype).tiny).sqrt()
     into, back = axes * deviations, (axes / deviations).T
-    chosen = _leading_inputs(block, inputs[:SHOWN], into, 2 * rank + ROOM, seed)
+    chosen = _leading_inputs(block, inputs[:GRADIENT_SAMPLES], into, 2 * rank + ROOM, seed)
     into, back = into @ chosen, chosen.T @ back
-    return Frame(mean, into, back, _leading_outputs(block, inputs[:SHOWN], into, 2 * rank + ROOM))
+    return Frame(mean, into, back, _leading_outputs(block, inputs[:GRADIENT_SAMPLES], into, 2 * rank + ROOM))
 
 
 def _leading_inputs(block: Block, inputs: Tensor, into: Tensor, kept: int, seed: int) -> Tensor:
-    """Return orthonormal columns (in, kept) that hold most of the gradients of (random mixtures of) the outputs."""
+    """Return orthonormal columns (in, kept) that span most of the gradients of (random combinations of) the outputs."""
     if kept >= into.shape[1]:
         return torch.eye(into.shape[1]).to(into)
     out = block.linears[-1].out_features
@@ -71,7 +71,7 @@ def _leading_inputs(block: Block, inputs: Tensor, into: Tensor, kept: int, seed:
 
 
 def _leading_outputs(block: Block, inputs: Tensor, into: Tensor, kept: int) -> Tensor:
-    """Return orthonormal columns (out, kept) that hold most of the Jacobians and of the values, both weighed alike."""
+    """Return orthonormal columns (out, kept) that span most of the Jacobians and the values, with equal weight."""
     out = block.linears[-1].out_features
     if kept >= out:
         return torch.eye(out).to(into)
@@ -88,17 +88,17 @@ def _leading_outputs(block: Block, inputs: Tensor, into: Tensor, kept: int) -> T
 
 
 def _parts(block: Block, inputs: Tensor, columns: int) -> list[Tensor]:
-    """Return the inputs in chunks whose products with so many columns are small."""
+    """Return the inputs in chunks, so that their products with this many columns stay small."""
     widest = max(max(layer.in_features, layer.out_features) for layer in block.linears)
     some = max(1, TEMPORARY // (widest * columns))
     return [inputs[start : start + some] for start in range(0, len(inputs), some)]
 
 
 def affordable(frame: Frame, samples: int, rank: int, memory: float) -> int:
-    """Return how many samples' Jacobians fit into `memory` bytes with the solver's copies of them.
+    """Return for how many samples the Jacobians and the solver's copies of them fit into `memory` bytes.
 
     Raises:
-        DataError: fewer than the rank.
+        DataError: these are fewer than the rank.
     """
     into, out = frame.into.shape[1], frame.onto.shape[1]
     fit = min(samples, int(memory / (8 * COPIES * into * out)))
@@ -111,7 +111,7 @@ def affordable(frame: Frame, samples: int, rank: int, memory: float) -> int:
 
 
 def solve_block(block: Block, inputs: Tensor, frame: Frame, rank: int, basis: Basis, seed: int) -> Coupled:
-    """Return a flexible layer for a block, found in a frame and written in the block's own inputs and outputs."""
+    """Return a flexible layer for a block, found in the frame's coordinates and expressed in the block's own."""
     values = block(inputs)
     jacobians = torch.cat(
         [frame.onto.T @ block.jacobians(part, frame.into) for part in _parts(block, inputs, frame.into.shape[1])]
@@ -134,7 +134,7 @@ def solve_block(block: Block, inputs: Tensor, frame: Frame, rank: int, basis: Ba
 
 
 def _values_fitted(found: Coupled, inputs: Tensor, values: Tensor, *, exact: bool) -> Coupled:
-    """Return the layer with the bias, and where outputs were compressed the left factor, that fit all values best."""
+    """Return the layer with its bias, and its left factor if the outputs were compressed, fitted to all values."""
     hidden = replace(found, left=torch.eye(found.rank).to(inputs), bias=torch.zeros(found.rank).to(inputs))
     activity = hidden.evaluate(inputs.T).T
     left = found.left
@@ -147,7 +147,7 @@ def _values_fitted(found: Coupled, inputs: Tensor, values: Tensor, *, exact: boo
 
 
 def activation_of(block: Block) -> str:
-    """Return which of relu, tanh and gelu the block's only activation is, or resembles; "" for another or several."""
+    """Return which of relu, tanh and gelu the block's only activation is or resembles; "" for others or several."""
     acting = [stage for stage in block.stages if not isinstance(stage, nn.Linear | nn.Dropout | nn.Identity)]
     if len(acting) != 1 or len(block.linears) != 2:
         return ""
@@ -156,7 +156,7 @@ def activation_of(block: Block) -> str:
 
 
 def _own_neurons(block: Block, frame: Frame) -> Neurons | None:
-    """Return the neurons of a block of two linear layers in the frame's coordinates; None for any other."""
+    """Return the neurons of a block of two linear layers in the frame's coordinates; None for any other block."""
     activation = activation_of(block)
     if not activation:
         return None
@@ -166,7 +166,7 @@ def _own_neurons(block: Block, frame: Frame) -> Neurons | None:
 
 
 def affine_error(block: Block, inputs: Tensor, held: Tensor) -> float:
-    """Return the relative error on held-out inputs of the affine map that fits the values best (with a small ridge)."""
+    """Return the relative error on held-out inputs of the best affine map (fitted with a small ridge)."""
     values, wanted = block(inputs), block(held)
     mean, centre = inputs.mean(0), values.mean(0)
     centred = inputs - mean

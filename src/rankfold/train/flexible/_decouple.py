@@ -1,4 +1,4 @@
-"""Replace a block of a network by one flexible layer, found from what the block computes on data."""
+"""Replace a block of a network by one flexible layer, fitted to what the block computes on data."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from rankfold.train.flexible._block_data import Block, read_block, sample_inputs
 from rankfold.train.flexible._block_fit import fitted_to_values, value_error
 from rankfold.train.flexible._block_tensors import activation_of, affine_error, affordable, frame_of, solve_block
 
-HELD_OUT = 5  # one sample in so many is kept to measure the error on
+HELD_OUT = 5  # one sample in 5 is held out to measure the error
 MEMORY = 1e9
-SHARES = (4, 8, 16, 32, 64)  # the ranks that are tried by themselves, as parts of the one that saves nothing
-MOST_RANK = 256  # none of them is larger: the time of a solution grows with the square of the rank, and more
+RANK_DIVISORS = (4, 8, 16, 32, 64)  # ranks tried by default: the one that saves nothing, divided by these
+MOST_RANK = 256  # the largest of them: the time to solve grows faster than the square of the rank
 
 
 @dataclass(frozen=True)
 class BlockError:
-    """What a flexible layer of one rank does in the place of a block.
+    """How well a flexible layer of one rank replaces a block.
 
     Attributes:
-        rank: the number of neurons.
-        params: its parameters.
+        rank: number of neurons.
+        params: number of parameters of the layer.
         error: relative Frobenius error of its values on held-out samples.
-        low_rank_error: the same of the block with its weights truncated by SVD to as many parameters.
-        affine_error: the same of the best affine map of the block's inputs, whatever its parameters; where a flexible
-            layer is no better, the block is nearly linear on the data.
+        low_rank_error: the same error for the block with its weights truncated by SVD to as many parameters.
+        affine_error: the same error for the best affine map of the block's inputs, of any size; if the flexible layer
+            is no better than that, the block is nearly linear on the data.
     """
 
     rank: int
@@ -61,37 +61,38 @@ def decouple(  # noqa: PLR0913 (one keyword per choice)
     memory: float = MEMORY,
     seed: int = 0,
 ) -> tuple[nn.Module, Plan]:
-    """Return a new model in which one flexible layer stands for a block, and its plan; the model is not changed.
+    """Return a new model in which one flexible layer replaces a block, and its plan; the model is not changed.
 
-    The block is a chain of linear layers, or of convolutions of kernel 1, with pointwise functions between them, and a
-    BatchNorm behind any of its layers but the last, taken as in eval mode. Its inputs are sampled on the data, those of
-    a convolution at random positions of the images; its values and Jacobians there are factorised by
-    `rankfold.decompose.coupled`, in coordinates in which the inputs have unit variance, compressed to the leading
-    `2 rank + 16` of inputs and outputs. The predicted error in the plan is that of the values on one fifth of the
-    samples, which the solver does not see.
+    The block is a chain of linear layers, or of convolutions of kernel 1, with pointwise functions between them. There
+    may be a BatchNorm after each layer but the last, which is taken as in eval mode. The inputs of the block are
+    sampled from the data (for a convolution, at random positions of the images). The block's values and Jacobians at
+    these samples are factorised by `rankfold.decompose.coupled`, in coordinates in which the inputs have unit variance
+    and of which the leading `2 rank + 16` are kept. The predicted error in the plan is that of the values on one fifth
+    of the samples, which the solver does not see.
 
     Args:
         model: any module.
-        block: names of the first and the last module of the block, "classifier.0:classifier.2".
-        data: an iterable of batches, as for `rankfold.measure`; as many are used as give the samples.
-        rank: the number of neurons.
-        budget: instead of the rank, `Budget(params=…)`: the highest rank at which the whole model keeps no more.
-        basis: the family of the activations, as in `rankfold.layers.FlexibleActivation`.
-        size: functions per activation.
-        element: "relu", "tanh", "gelu" or "" for none; by default the block's own activation where it is curved.
-        samples: how many rows of the block's input (of images, positions) to factorise the values and Jacobians at.
-        rows: at how many to fit the values afterwards, which takes 8 * rows * in_features bytes; a rank well below the
-            width gains much by it where the block has many inputs. 0 leaves the solver's result.
-        memory: bytes that the Jacobians may take with the solver's copies; fewer samples are used if they do not fit.
-        seed: of the choice of samples and of random starts.
+        block: names of the first and the last module of the block, such as "classifier.0:classifier.2".
+        data: batches: tensors, tuples (inputs first) or dicts (keyword arguments); only as many are read as needed.
+        rank: number of neurons.
+        budget: instead of the rank, `Budget(params=…)`: the highest rank that keeps the whole model within it.
+        basis: family of the activation functions: "piecewise", "legendre", … (`rankfold.layers.FlexibleActivation`).
+        size: number of basis functions per activation.
+        element: "relu", "tanh", "gelu" or "" for none; by default the block's own activation if it is curved.
+        samples: number of rows of the block's input (for images, of positions) at which to factorise.
+        rows: number of rows at which the values are fitted afterwards, which takes 8 * rows * in_features bytes. This
+            helps a lot if the block has many inputs and the rank is well below its width. 0 skips it.
+        memory: bytes for the Jacobians and the solver's copies of them; if they do not fit, fewer samples are used.
+        seed: seed for the choice of samples and for random starts.
 
     Raises:
         PlanError: the model has no such block.
-        LayerError: the block branches, or holds a layer that is neither linear (a convolution with a kernel, a stride,
-            padding or groups, say) nor pointwise.
-        DataError: no data, NaN or Inf in it, fewer samples than the rank.
-        BudgetError: a budget that no rank meets, or not on parameters.
-        DecompositionError: a rank below 1, an unknown basis.
+        LayerError: the block branches, or has a layer that is neither pointwise nor linear (such as a convolution with
+            a larger kernel, a stride, padding or groups).
+        DataError: there is no data, it contains NaN or Inf, or there are fewer samples than the rank.
+        BudgetError: no rank meets the budget, or the budget is not on parameters.
+        DecompositionError: the basis is unknown.
+        RankfoldError: the rank is below 1, or neither or both of rank and budget are given.
 
     References:
         Zniyed, Usevich, Miron and Brie 2021.
@@ -127,14 +128,14 @@ def decouple_errors(  # noqa: PLR0913 (one keyword per choice)
     memory: float = MEMORY,
     seed: int = 0,
 ) -> tuple[BlockError, ...]:
-    """Return the error of the values on held-out samples at each rank, beside truncated SVD's and an affine map's.
+    """Return the error of the values on held-out samples at each rank, next to those of SVD and of an affine map.
 
-    To choose a rank by: take the lowest whose error is small enough, and none where the low-rank error at equal
-    parameters is the smaller one, or where an affine map does as well. The arguments are those of `decouple`; the
-    model is not changed.
+    Use it to choose a rank: take the lowest with a small enough error, and none if the low-rank error with as many
+    parameters is smaller, or if an affine map does as well. The other arguments are those of `decouple`; the model is
+    not changed.
 
     Raises:
-        RankfoldError: as `decouple` does.
+        RankfoldError: the block, the data or an option is one that `decouple` refuses.
 
     Example:
         >>> import torch, rankfold as rf
@@ -171,29 +172,29 @@ def flexible_candidates(  # noqa: PLR0913 (one keyword per choice)
     memory: float = MEMORY,
     seed: int = 0,
 ) -> dict[str, tuple[SolvedBlock, ...]]:
-    """Return, per block, a flexible layer of each rank for its place, for plans with `Planning(blocks=…)`.
+    """Return flexible layers of several ranks that could replace each block, for plans with `Planning(blocks=…)`.
 
-    There they compete with all that the layers of a block could become one by one; `apply` with the same `blocks` puts
-    in the one that was chosen. The error of each is that of the block's values on held-out samples, relative to their
-    deviation from the mean where the block's last layer has a bias, and else to the values: as the errors of that
-    layer in the metric "outputs" are.
+    In the plan they compete with everything that the layers of the block could become one by one; `apply` with the same
+    `blocks` inserts the one that was chosen. The error of each is that of the block's values on held-out samples,
+    relative to their deviation from the mean if the block's last layer has a bias, and to the values otherwise, like
+    the errors of that layer in the metric "outputs".
 
     Args:
         model: any module; it is not changed.
-        blocks: names "first:last" of one or several blocks that have no module in common.
-        data: batches, as for `decouple`; with several blocks no iterator, which yields them only once.
-        ranks: of the layers, the same for all blocks; by default a quarter, an eighth, … a 64th of the rank at which a
-            layer has as many parameters as the block, at most 256.
-        basis: as in `decouple`.
-        size: as in `decouple`.
-        element: as in `decouple`.
-        samples: as in `decouple`.
-        rows: as in `decouple`.
-        memory: as in `decouple`.
-        seed: as in `decouple`.
+        blocks: one or several names "first:last" of blocks that have no module in common.
+        data: batches: tensors, tuples or dicts; with several blocks not an iterator, which can be read only once.
+        ranks: ranks of the layers, the same for all blocks; by default 1/4, 1/8, … 1/64 of the rank at which a layer
+            has as many parameters as the block, at most 256.
+        basis: family of the activation functions: "piecewise", "legendre", … (`rankfold.layers.FlexibleActivation`).
+        size: number of basis functions per activation.
+        element: "relu", "tanh", "gelu" or "" for none; by default the block's own activation if it is curved.
+        samples: number of rows of the block's input at which to factorise its values and Jacobians.
+        rows: number of rows at which the values are fitted afterwards; 0 skips it.
+        memory: bytes for the Jacobians and the solver's copies of them.
+        seed: seed for the choice of samples and for random starts.
 
     Raises:
-        RankfoldError: as `decouple` does.
+        RankfoldError: a block, the data or an option is one that `decouple` refuses.
         PlanError: two blocks have a module in common.
 
     Example:
@@ -231,16 +232,16 @@ def flexible_candidates(  # noqa: PLR0913 (one keyword per choice)
 
 
 def _usual_ranks(model: nn.Module, name: str, block: Block, options: dict[str, Any]) -> list[int]:
-    """Return the ranks that a block is tried at unless others are given, the highest first."""
+    """Return the ranks at which a block is tried by default, highest first."""
     dense = sum(map(count_params, block_modules(model, name).values()))
     fixed, unit = _size(block, options)
     even = max(1, (dense - fixed) // unit)
-    largest = min(even // SHARES[0], MOST_RANK)
-    return sorted({max(1, largest * SHARES[0] // share) for share in SHARES}, reverse=True)
+    largest = min(even // RANK_DIVISORS[0], MOST_RANK)
+    return sorted({max(1, largest * RANK_DIVISORS[0] // share) for share in RANK_DIVISORS}, reverse=True)
 
 
 def _options(block: Block, basis: str, size: int, element: str | None) -> dict[str, Any]:
-    """Return the options of the layer; a block with a curved activation gets it as an element."""
+    """Return the options of the layer; the activation of the block becomes an element if it is curved."""
     if element is None:
         own = activation_of(block)
         element = own if own != "relu" else ""
@@ -259,7 +260,7 @@ def _check_ranks(ranks: Sequence[int]) -> None:
 
 
 def _size(block: Block, options: dict[str, Any]) -> tuple[int, int]:
-    """Return the parameters of a layer that no neuron has a part in, and those of each neuron."""
+    """Return the number of parameters that do not depend on the rank, and the number per neuron."""
     one, two = (_params(block, rank, options) for rank in (1, 2))
     return 2 * one - two, two - one
 
@@ -272,7 +273,7 @@ def _params(block: Block, rank: int, options: dict[str, Any]) -> int:
 def _rank(  # noqa: PLR0913 (private; one caller)
     model: nn.Module, name: str, block: Block, rank: int | None, budget: Budget | None, options: dict[str, Any]
 ) -> int:
-    """Return the rank given, or the highest that a budget on parameters allows."""
+    """Return the given rank, or the highest that a budget on parameters allows."""
     if (rank is None) == (budget is None):
         raise RankfoldError("give either rank= or budget=Budget(params=…), and not both")
     if budget is None:
@@ -294,7 +295,7 @@ def _rank(  # noqa: PLR0913 (private; one caller)
 
 @dataclass(frozen=True, eq=False)
 class _Parts:
-    """Inputs of a block: to solve on, to fit the values at (the former among them), to measure the error on."""
+    """Inputs of a block: to solve on, to fit the values at (including the former), and to measure the error on."""
 
     solved: Tensor
     fitted: Tensor
@@ -311,7 +312,7 @@ def _samples(  # noqa: PLR0913 (private; two callers)
     counts: tuple[int, int],
     seed: int,
 ) -> _Parts:
-    """Return the inputs of the block on the data, for so many samples and rows."""
+    """Return the inputs of the block on the data, for the given numbers of samples and rows."""
     samples = whole("samples", counts[0], 2)
     rows = whole("rows", counts[1], 0, why="; 0 leaves the values unfitted")
     found = sample_inputs(model, name, data, block, max(samples, rows), seed)
@@ -336,7 +337,7 @@ def _solve(  # noqa: PLR0913 (private; two callers)
 
 
 def _plan(model: nn.Module, name: str, layer: FlexibleLayer, error: float, budget: Budget | None) -> Plan:
-    """Return a plan that names the block, and every layer outside it as dense."""
+    """Return a plan with the layer for the block, and every layer outside the block dense."""
     members = block_modules(model, name)
     choices: dict[str, Choice] = {}
     for key, outside in walk(model):
@@ -349,7 +350,7 @@ def _plan(model: nn.Module, name: str, layer: FlexibleLayer, error: float, budge
 
 
 def _low_rank_error(block: Block, params: int, inputs: Tensor) -> float:
-    """Return the error of the values with every weight truncated by SVD, as far as so many parameters allow."""
+    """Return the error of the values with every weight truncated by SVD to that many parameters in total."""
     layers = block.linears
     biases = sum(0 if layer.bias is None else layer.bias.numel() for layer in layers)
     weights = [layer.weight.numel() for layer in layers]

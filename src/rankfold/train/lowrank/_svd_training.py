@@ -79,7 +79,7 @@ class SVDTraining(TrainingMethod):
         if not callable(schedule):
             one_of("schedule", schedule, SCHEDULES, other="a function of the step")
         if isinstance(orthogonality, str) and orthogonality != RETRACTION:
-            raise RankfoldError(f"orthogonality={orthogonality!r} is neither a weight nor {RETRACTION!r}")
+            raise RankfoldError(f"orthogonality must be a weight >= 0 or {RETRACTION!r}, got {orthogonality!r}")
         found = forms_of(unwrapped(model))
         if not found:
             raise LayerError(

@@ -1,6 +1,6 @@
 """Is the order in which a tensor-train layer contracts its cores the fastest one?
 
-    OMP_NUM_THREADS=1 python benchmarks/is_the_contraction_plan_right.py
+    OMP_NUM_THREADS=1 python benchmarks/is_the_contraction_schedule_right.py
 
 Every order is timed in the layer itself: all groupings of neighbouring cores, one group (the dense weight rebuilt)
 among them, from the left and from the right; a forward pass without gradients, and forward plus backward with the
@@ -12,18 +12,17 @@ smaller. Steps of more than a third of a second are measured in three rounds.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from _timing import compare, ratio, verdict, write
+from _timing import compare, few, options, ratio, verdict, write
 
 from rankfold.layers import TTLinear
 from rankfold.layers.tensor._tt_order import BATCHES, LARGEST_MERGE, Chain, Sweep, order_of
-from rankfold.layers.tensor._tt_plan import describe
+from rankfold.layers.tensor._tt_schedule import describe
 
 SQUARE = {"in_shape": (8, 8, 8, 8), "out_shape": (8, 8, 8, 8)}
 FC6 = {"in_shape": (2, 7, 8, 8, 7, 4), "out_shape": (4, 4, 4, 4, 4, 4)}
@@ -50,7 +49,7 @@ def step(layer: TTLinear, x: torch.Tensor, sweep: Sweep, seen: torch.Tensor | No
     """Return a call of the layer in a given order, with its backward pass where `seen` is the output's gradient."""
 
     def run() -> None:
-        layer._plans = {mode: (sweep,) * len(BATCHES) for mode in (False, True)}
+        layer._schedules = {mode: (sweep,) * len(BATCHES) for mode in (False, True)}
         if seen is None:
             with torch.no_grad():
                 layer(x)
@@ -78,9 +77,9 @@ def row(layer: TTLinear, batch: int, training: bool, rounds: int) -> dict[str, A
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, layer.in_features, generator=generator).requires_grad_(training)
     seen = torch.randn(batch, layer.out_features, generator=generator) if training else None
-    chain, plan = layer._chain, layer.plan(batch, training)
+    chain, schedule = layer._chain, layer.schedule(batch, training)
     everything = {(sweep.groups, sweep.from_left): sweep for sweep in orders(chain, training)}
-    planned = (plan.groups, plan.from_left) if len(plan.groups) > 1 else (plan.groups, False)
+    planned = (schedule.groups, schedule.from_left) if len(schedule.groups) > 1 else (schedule.groups, False)
     limit = MOST_MACS * everything[planned].macs(batch)
     runs = {key: step(layer, x, sweep, seen) for key, sweep in everything.items() if sweep.macs(batch) <= limit}
     runs[planned]()
@@ -107,19 +106,19 @@ def row(layer: TTLinear, batch: int, training: bool, rounds: int) -> dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     rows = []
-    for name, sizes, shapes, rank, batches in LAYERS:
+    for name, sizes, shapes, rank, batches in few(LAYERS):
         layer = TTLinear(*sizes, bias=False, rank=rank, **shapes)
         cases = itertools.product((False, True), batches)
         for training, batch in cases:
             found = row(TTLinear(*sizes, bias=False, rank=rank, **shapes), batch, training, rounds)
             rows.append({"layer": name, "rank": layer.rank, **found})
     title = "Is the order in which a tensor-train layer contracts its cores the fastest one?"
-    write("is_the_contraction_plan_right", rows, title=title, dtype="float32", rounds=rounds)
+    write("is_the_contraction_schedule_right", rows, title=title, dtype="float32", rounds=rounds)
 
 
 if __name__ == "__main__":

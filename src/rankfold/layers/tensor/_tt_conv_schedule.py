@@ -6,18 +6,27 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from rankfold.layers.tensor._tt_order import BATCHES, CHUNK, LARGEST_MERGE, LAUNCH, MOVE, RATE, Chain, Sweep, plan_sweep
-from rankfold.layers.tensor._tt_plan import TTPlan, describe
+from rankfold.layers._build import LARGEST_MERGE
+from rankfold.layers.tensor._tt_order import (
+    CHUNK,
+    LAUNCH,
+    MOVE,
+    RATE,
+    Chain,
+    Sweep,
+    schedule_sweep,
+)
+from rankfold.layers.tensor._tt_schedule import TTSchedule, describe, for_batches
 
 FILTERING, CONVOLVING = RATE / 24, RATE / 2
-"""Multiply-adds in a second of filters shared by all channels, and of a convolution."""
+"""Multiply-adds per second of filters shared by all channels, and of a convolution."""
 
 COLUMNS = 64
-"""Positions that a product is planned for to have beside each other, where there are as many."""
+"""Positions that a product is assumed to take side by side, where there are that many."""
 
 
 @dataclass(frozen=True)
-class ConvPlan:
+class ConvSchedule:
     """How a convolution is computed: by the sweep over the channels after shared filters, or by the kernel rebuilt.
 
     Attributes:
@@ -26,7 +35,7 @@ class ConvPlan:
         row_macs: multiply-adds per output position.
         largest: entries of the largest intermediate, per output position; 0 where there is none.
         kept: entries of the intermediates that backward needs, per output position.
-        recompute: whether they are computed again in backward instead of kept.
+        recompute: whether backward recomputes them instead of keeping them.
     """
 
     sweep: Sweep | None
@@ -41,12 +50,12 @@ class ConvPlan:
         return self.fixed_macs + rows * self.row_macs
 
     def images(self, positions: int) -> int:
-        """Return how many images of so many output positions are taken at a time; 0 where all are."""
+        """Return how many images, of `positions` output positions each, are taken at a time; 0 for all at once."""
         return max(CHUNK // max(self.largest * positions, 1), 1) if self.largest else 0
 
 
 @lru_cache(maxsize=4096)
-def plan_conv(
+def schedule_conv(
     chain: Chain,
     sizes: tuple[int, int],
     groups: int,
@@ -54,28 +63,28 @@ def plan_conv(
     *,
     training: bool = False,
     recompute: float | None = None,
-) -> ConvPlan:
-    """Return the faster way for a number of output positions and `sizes = (out, in)`, the channels of the kernel.
+) -> ConvSchedule:
+    """Return the faster schedule for a number of output positions; `sizes = (out, in)` are the kernel's channels.
 
-    The sweep mixes all input channels, so that a kernel of several groups is always rebuilt.
+    The sweep mixes all input channels, so a kernel with several groups is always rebuilt.
     """
     filters, order, passes = chain.ranks[1], len(chain.out_shape), 3 if training else 1
     channels, columns = _channels(chain), min(rows, COLUMNS)
-    sweep = plan_sweep(channels, -(-rows // columns), both_ends=False, training=training, columns=columns)
+    sweep = schedule_sweep(channels, -(-rows // columns), both_ends=False, training=training, columns=columns)
     spatial, filtered = chain.out_shape[0] * filters * sizes[1], filters * sizes[1]
-    # the filtered maps are written, brought into order and read
+    # the filtered maps are written, reordered and read
     filtering = rows * (spatial / FILTERING + MOVE * 3 * filtered) + LAUNCH
     merging, kernel = chain.merge(0, order).macs, chain.out_shape[0] * sizes[0] * sizes[1]
     rebuilding = 2 * merging / RATE + MOVE * 3 * kernel + LAUNCH * 3 * order
     rebuilt = rebuilding + rows * (kernel / CONVOLVING + MOVE * sum(sizes))
     chained = sweep.score / RATE + passes * filtering
     if groups > 1 or (kernel <= LARGEST_MERGE and passes * rebuilt < chained):
-        return ConvPlan(None, merging, kernel)
+        return ConvSchedule(None, merging, kernel)
     steps = sweep.steps(channels, columns)
     largest = max(filtered, *(-(-step.largest(training) // columns) for step in steps))
     kept = filtered + sweep.kept(channels)
     again = training and recompute is not None and kept > recompute * sum(sizes)
-    return ConvPlan(sweep, sweep.fixed_macs, spatial + sweep.row_macs, largest, kept, again)
+    return ConvSchedule(sweep, sweep.fixed_macs, spatial + sweep.row_macs, largest, kept, again)
 
 
 def _channels(chain: Chain) -> Chain:
@@ -83,26 +92,25 @@ def _channels(chain: Chain) -> Chain:
     return Chain(chain.out_shape[1:], chain.in_shape[1:], chain.ranks[1:])
 
 
-def conv_plans(
+def conv_schedules(
     chain: Chain, sizes: tuple[int, int], groups: int, recompute: float | None
-) -> dict[bool, tuple[ConvPlan, ...]]:
-    """Return the plan for each of `BATCHES` output positions, in inference (False) and training (True)."""
-    return {
-        training: tuple(
-            plan_conv(chain, sizes, groups, rows, training=training, recompute=recompute) for rows in BATCHES
-        )
-        for training in (False, True)
-    }
+) -> dict[bool, tuple[ConvSchedule, ...]]:
+    """Return the schedule for each of `BATCHES` output positions, in inference (False) and training (True)."""
+
+    def make(rows: int, training: bool) -> ConvSchedule:
+        return schedule_conv(chain, sizes, groups, rows, training=training, recompute=recompute)
+
+    return for_batches(make)
 
 
 def describe_conv(
-    chain: Chain, sizes: tuple[int, int], plan: ConvPlan, size: tuple[int, int], training: bool, itemsize: int
-) -> TTPlan:
-    """Return the figures of a plan for `size = (images, output positions of each)`."""
-    if plan.sweep is None:
-        return _describe_rebuilt(chain, sizes, plan, size, training, itemsize)
+    chain: Chain, sizes: tuple[int, int], schedule: ConvSchedule, size: tuple[int, int], training: bool, itemsize: int
+) -> TTSchedule:
+    """Return the figures of a schedule for `size = (images, output positions of each)`."""
+    if schedule.sweep is None:
+        return _describe_rebuilt(chain, sizes, schedule, size, training, itemsize)
     batch, positions = size
-    sweep = replace(plan.sweep, chunk=plan.images(positions), recompute=plan.recompute)
+    sweep = replace(schedule.sweep, chunk=schedule.images(positions), recompute=schedule.recompute)
     swept = describe(_channels(chain), sweep, batch, training, itemsize, columns=positions)
     filtered = positions * chain.ranks[1] * sizes[1]  # entries of an image
     spatial = batch * filtered * chain.out_shape[0]
@@ -116,18 +124,18 @@ def describe_conv(
         moved=swept.moved + itemsize * passes * batch * (3 * filtered + positions * sizes[1]),
         launches=swept.launches + passes * -(-batch // max(swept.chunk, 1)),
         peak=max(swept.peak, itemsize * swept.chunk * filtered),
-        saved=swept.saved + (0 if plan.recompute or not training else itemsize * batch * filtered),
+        saved=swept.saved + (0 if schedule.recompute or not training else itemsize * batch * filtered),
     )
 
 
 def _describe_rebuilt(
-    chain: Chain, sizes: tuple[int, int], plan: ConvPlan, size: tuple[int, int], training: bool, itemsize: int
-) -> TTPlan:
+    chain: Chain, sizes: tuple[int, int], schedule: ConvSchedule, size: tuple[int, int], training: bool, itemsize: int
+) -> TTSchedule:
     batch, rows, passes = size[0], math.prod(size), 3 if training else 1
     order = len(chain.out_shape)
-    macs, kernel = plan.macs(rows), chain.core(0, order)
+    macs, kernel = schedule.macs(rows), chain.core(0, order)
     joined = chain.merge(0, order).made
-    return TTPlan(
+    return TTSchedule(
         rows=rows,
         training=training,
         groups=((0, order),),

@@ -1,10 +1,10 @@
-"""A chain of convolutions, or fewer of them by kernels rebuilt: planned on integers, then carried out.
+"""Whether a chain of convolutions runs stage by stage or with stages merged: decided from shapes, then carried out.
 
-Neighbouring stages carry different axes of the kernel and have nothing between them, so that they may be merged into
-one convolution by the product of their kernels. All stages on their own are the chain; all in one group are the dense
-convolution by the kernel rebuilt from its factors; in between, depthwise stages are merged with each other, not
-with pointwise ones, whose product has as many entries as the dense kernel. The groups are those that a cost model
-finds cheapest for the shape of the input, with its gradients where there are any.
+Neighbouring stages cover different axes of the kernel, with nothing between them, so they can be merged into one
+convolution whose kernel is the product of theirs. With every stage on its own, that is the plain chain; with all of
+them in one group, it is the dense convolution by the rebuilt kernel. In between, depthwise stages are merged with each
+other but never with pointwise ones: that product would have as many entries as the dense kernel. A cost model picks
+the cheapest groups for the shape of the input, counting gradients where there are any.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rankfold.layers._build import LARGEST_MERGE
 from rankfold.layers.conv._conv import ConvShape, grouped
-from rankfold.layers.tensor._tt_order import LARGEST_MERGE
 
 Pair = tuple[int, int]
 Groups = tuple[Pair, ...]
@@ -31,20 +31,20 @@ LANES, DEPTH = 16, 4
 FULL, POINTWISE, DEPTHWISE = 50.0, 60.0, 22.0
 """Multiply-adds per nanosecond by the kind of the convolution, its channels rounded up to whole registers."""
 CHANNELS_LAST, STRIDED, STRIDED_POINTWISE = 10.0, 4.0, 3.0
-"""Bytes per nanosecond read and written; maps with the channels in front are brought into another order and back."""
+"""Bytes per nanosecond read and written; feature maps with the channels first are reordered and put back."""
 LAUNCH, LAUNCH_DEPTHWISE = 1.5e4, 4.5e4
-"""What one convolution costs in any case."""
+"""Fixed cost of one convolution."""
 JOIN_ENTRIES, JOIN_MATRICES = 1.5e4, 3e4
-"""What one product of two kernels costs in any case, entry by entry or as matrices."""
+"""Fixed cost of one product of two kernels, entry by entry or as matrices."""
 
 
 class Mode(NamedTuple):
-    """What else than its shape an input says of a call.
+    """What the cost of a call depends on, other than the shape of its input.
 
     Attributes:
-        channels_last: the maps lie in memory with the channels last.
-        weights: the weights get a gradient.
-        input: the input gets a gradient.
+        channels_last: whether the feature maps are stored with the channels last.
+        weights: whether the weights get a gradient.
+        input: whether the input gets a gradient.
         itemsize: bytes of one entry.
     """
 
@@ -55,7 +55,7 @@ class Mode(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ChainPlan:
+class ChainSchedule:
     """Which stages of a chain of convolutions are merged for one shape of the input, and what that costs.
 
     Attributes:
@@ -63,9 +63,9 @@ class ChainPlan:
         macs: multiply-adds of one forward pass, products of kernels included.
         moved_bytes: bytes of activations and merged kernels that one forward pass reads and writes.
         launches: convolutions and products of kernels in one forward pass.
-        saved_bytes: bytes kept for the backward pass beside the factors: inputs of convolutions, merged kernels.
-        peak_bytes: the most bytes alive at once in the forward pass: what is saved so far, or else the input of
-            one convolution, with its output.
+        saved_bytes: bytes kept for the backward pass besides the factors: inputs of convolutions, merged kernels.
+        peak_bytes: the most bytes alive at once in the forward pass: what has been saved so far or the input of the
+            current convolution, whichever is larger, plus its output.
         seconds: the cost model's estimate on one core, with the backward pass where there is one.
     """
 
@@ -86,17 +86,17 @@ class ChainPlan:
 
 
 class Join(NamedTuple):
-    """The product of two neighbouring kernels, with what is known before the values are.
+    """The product of two neighbouring kernels: everything that follows from their shapes alone.
 
     Attributes:
-        place: index of the left one among those that remain.
+        place: index of the left kernel among those that remain.
         macs: multiply-adds.
-        elementwise: "right" or "left" where that stage is depthwise, "" where the product is one of matrices.
+        elementwise: "right" or "left" where that stage is depthwise, "" for a product of matrices.
         groups: of the product.
         sizes: (out, mid, space of the right kernel), per group.
         paired: shape (out of all groups, space of the right, in, space of the left) of the product of matrices.
-        order: its axes in the order (out, in, pairs of space), or () where they are so.
-        shape: the shape of the kernel made.
+        order: the permutation of its axes to (out, in, pairs of space), or () where none is needed.
+        shape: of the resulting kernel.
     """
 
     place: int
@@ -111,7 +111,7 @@ class Join(NamedTuple):
 
 @dataclass(frozen=True)
 class Merged:
-    """Neighbouring stages as one convolution, and the products of their kernels that it takes, in order."""
+    """Neighbouring stages as one convolution, and the products of kernels that make its kernel, in order."""
 
     shape: ConvShape
     joins: tuple[Join, ...]
@@ -131,7 +131,7 @@ def singles(stages: Sequence[ConvShape]) -> Groups:
 
 
 def merge(stages: Sequence[ConvShape]) -> Merged:
-    """Return neighbouring stages as one convolution; kernels are multiplied in the order that is cheapest first."""
+    """Return neighbouring stages as one convolution; the cheapest product of two kernels is always taken next."""
     remaining, joins = list(stages), []
     while len(remaining) > 1:
         pairs = zip(remaining, remaining[1:], strict=False)
@@ -142,7 +142,7 @@ def merge(stages: Sequence[ConvShape]) -> Merged:
 
 
 def _after(first: ConvShape, second: ConvShape) -> ConvShape:
-    """Return the one convolution that does what two stages with different axes do."""
+    """Return the single convolution that is equivalent to two stages over different axes."""
 
     def times(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(a * b for a, b in zip(left, right, strict=True))
@@ -185,7 +185,7 @@ def _join(place: int, first: ConvShape, second: ConvShape) -> Join:
 
 
 def _product(left: Tensor, right: Tensor, join: Join) -> Tensor:
-    """Return the kernel of a stage and the one after it: products of the entries on each path, added over paths."""
+    """Return the kernel of two consecutive stages: the products of entries along each path, summed over the paths."""
     if join.elementwise == "right":
         return left * right  # (mid, in, axes of the left) (mid, 1, axes of the right)
     if join.elementwise == "left":
@@ -205,21 +205,23 @@ def _product(left: Tensor, right: Tensor, join: Join) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def plan_chain(stages: Stages, input: tuple[int, ...], mode: Mode) -> ChainPlan:
+def schedule_chain(stages: Stages, input: tuple[int, ...], mode: Mode) -> ChainSchedule:
     """Return the cheapest groups for the shape `(batch, channels, space…)` or `(channels, space…)` of the input."""
     costs = _group_costs(stages, input, mode)
-    return min((_plan(groups, costs) for groups in _groupings(len(stages), costs)), key=lambda plan: plan.seconds)
+    return min(
+        (_schedule(groups, costs) for groups in _groupings(len(stages), costs)), key=lambda schedule: schedule.seconds
+    )
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def constant_groups(stages: Stages, input: tuple[int, ...], mode: Mode) -> Groups:
-    """Return the groups planned, to a tracer: all it sees is constant."""
-    return plan_chain(stages, tuple(input), Mode(*mode)).groups
+    """Return the groups scheduled, as a constant to a tracer."""
+    return schedule_chain(stages, tuple(input), Mode(*mode)).groups
 
 
 @dataclass(frozen=True)
 class _Cost:
-    """What one group costs: as `ChainPlan` has it, and the bytes of its input, its output and its kernel."""
+    """The cost of one group: the figures of `ChainSchedule`, and the bytes of its input, its output and its kernel."""
 
     macs: int
     launches: int
@@ -231,7 +233,7 @@ class _Cost:
 
 
 def _groupings(count: int, costs: dict[Pair, _Cost]) -> Iterator[Groups]:
-    """Yield every way to group so many stages, the plain chain first."""
+    """Yield every way to group `count` stages, the plain chain first."""
     for kept in range(count - 1, -1, -1):
         for cuts in combinations(range(1, count), kept):
             groups = tuple(zip((0, *cuts), (*cuts, count), strict=True))
@@ -239,13 +241,13 @@ def _groupings(count: int, costs: dict[Pair, _Cost]) -> Iterator[Groups]:
                 yield groups
 
 
-def _plan(groups: Groups, costs: dict[Pair, _Cost]) -> ChainPlan:
+def _schedule(groups: Groups, costs: dict[Pair, _Cost]) -> ChainSchedule:
     chosen = [costs[group] for group in groups]
     saved, peak = 0, 0
     for cost in chosen:
         saved += cost.saved
         peak = max(peak, max(saved, cost.input + cost.kernel) + cost.output)
-    return ChainPlan(
+    return ChainSchedule(
         groups,
         macs=sum(cost.macs for cost in chosen),
         moved_bytes=sum(cost.input + cost.output + 2 * cost.kernel for cost in chosen),
@@ -257,7 +259,7 @@ def _plan(groups: Groups, costs: dict[Pair, _Cost]) -> ChainPlan:
 
 
 def _group_costs(stages: Stages, input: tuple[int, ...], mode: Mode) -> dict[Pair, _Cost]:
-    """Return the cost of every group that a plan may hold: none whose merged kernel is too large to rebuild."""
+    """Return the cost of every group that a schedule may contain; kernels too large to rebuild are left out."""
     axes = len(stages[0].kernel_size)
     batch, sizes = math.prod(input[: -axes - 1]), [input[-axes:]]
     for stage in stages:
@@ -279,7 +281,7 @@ def _may_merge(stages: Stages, start: int, stop: int) -> bool:
 
 
 def _cost(merged: Merged, positions: Pair, mode: Mode) -> _Cost:
-    """Return the cost of one group for the positions, batch included, of its input and of its output."""
+    """Return the cost of one group, given the positions (batch included) of its input and of its output."""
     shape = merged.shape
     read, written = (
         n * c * mode.itemsize for n, c in zip(positions, (shape.in_channels, shape.out_channels), strict=True)
@@ -314,7 +316,7 @@ def _speed(shape: ConvShape, channels_last: bool) -> tuple[float, float]:
 
 
 def _lanes(shape: ConvShape) -> int:
-    """Return multiply-adds per position as registers count them: output channels in 16s, input channels in 4s."""
+    """Return the multiply-adds per position, channels rounded up to full registers: outputs to 16, inputs to 4."""
     out, into, *kernel = shape.kernel_shape
     space = math.prod(kernel)
     if shape.depthwise:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune
 
 from rankfold import layers
 from rankfold.layers.conv._conv_layer import FactorisedConv
-from rankfold.layers.conv._conv_plan import LARGEST_MERGE, plan_chain
+from rankfold.layers.conv._conv_schedule import LARGEST_MERGE, schedule_chain
 
 CHAINS = [form for form in CONVOLUTIONS if issubclass(form[0], FactorisedConv)]
 forms = pytest.mark.parametrize(("layer", "options"), CHAINS, ids=map(form_name, CHAINS))
@@ -120,56 +120,56 @@ def test_the_memory_format_is_that_of_the_dense_layer(layer, channels):
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )
 def test_small_layers_are_rebuilt_and_large_ones_are_chains(layer, shape, training, way):
-    assert layer.plan(shape, training).way == way
+    assert layer.schedule(shape, training).way == way
 
 
 def test_a_kernel_beyond_the_bound_is_not_rebuilt():
     wide = layers.LowRankConv2d(2048, 1024, 3, rank=512, device="meta")
     assert 2048 * 1024 * 9 > LARGEST_MERGE
-    assert wide.plan((1, 2048, 3, 3)).way == "chain"
+    assert wide.schedule((1, 2048, 3, 3)).way == "chain"
 
 
-def test_what_a_plan_says_is_what_is_done():
+def test_what_a_schedule_says_is_what_is_done():
     layer = layers.CPConv2d(1, 10, 3, rank=6, separable=True)
-    plan = layer.plan(IMAGE, True)
+    schedule = layer.schedule(IMAGE, True)
     positions, kernel = 64 * 26 * 26, 10 * 9
     products = (6 * 3, 6 * 9, 6 * kernel)  # one input channel: from the left, so that what is made stays small
-    assert plan.macs == positions * kernel + sum(products)
-    assert plan.launches == 4
+    assert schedule.macs == positions * kernel + sum(products)
+    assert schedule.launches == 4
     x = torch.randn(IMAGE)
-    assert plan.saved_bytes == 4 * (x.numel() + kernel)
-    assert plan.peak_bytes == 4 * (x.numel() + kernel + positions * 10)
-    chain = layers.CPConv2d(256, 256, 3, padding=1, rank=256).plan((8, 256, 28, 28), True)
+    assert schedule.saved_bytes == 4 * (x.numel() + kernel)
+    assert schedule.peak_bytes == 4 * (x.numel() + kernel + positions * 10)
+    chain = layers.CPConv2d(256, 256, 3, padding=1, rank=256).schedule((8, 256, 28, 28), True)
     assert chain.saved_bytes == 3 * 4 * 8 * 256 * 28 * 28
     assert chain.macs == 8 * 28 * 28 * 256 * (256 + 9 + 256)
-    assert 0 < plan.seconds < chain.seconds
+    assert 0 < schedule.seconds < chain.seconds
 
 
-def test_plans_are_cached_and_deterministic():
+def test_schedules_are_cached_and_deterministic():
     layer = layers.CPConv2d(1, 10, 3, rank=6)
-    assert layer.plan(IMAGE) is layers.CPConv2d(1, 10, 3, rank=6).plan(IMAGE)
-    before = layer.plan(IMAGE)
-    plan_chain.cache_clear()
-    assert layer.plan(IMAGE) == before
+    assert layer.schedule(IMAGE) is layers.CPConv2d(1, 10, 3, rank=6).schedule(IMAGE)
+    before = layer.schedule(IMAGE)
+    schedule_chain.cache_clear()
+    assert layer.schedule(IMAGE) == before
     with pytest.raises(dataclasses.FrozenInstanceError):
         before.macs = 0
     x = torch.randn(1, 1, 6, 6)
     layer(x)
-    asked = plan_chain.cache_info()
+    asked = schedule_chain.cache_info()
     layer(x)
-    assert plan_chain.cache_info() == asked
+    assert schedule_chain.cache_info() == asked
 
 
-def test_a_plan_is_for_a_call_with_the_gradients_it_makes():
+def test_a_schedule_is_for_a_call_with_the_gradients_it_makes():
     layer = layers.CPConv2d(10, 10, 3, rank=6)
     x = torch.randn(64, 10, 26, 26)
-    assert layer.plan(x).saved_bytes > 0
-    assert layer.plan(x).seconds < layer.plan(x.clone().requires_grad_()).seconds
-    assert layer.plan(x.shape) == layer.plan(x.shape, training=True)
+    assert layer.schedule(x).saved_bytes > 0
+    assert layer.schedule(x).seconds < layer.schedule(x.clone().requires_grad_()).seconds
+    assert layer.schedule(x.shape) == layer.schedule(x.shape, training=True)
     with torch.no_grad():
-        assert layer.plan(x) == layer.plan(x, training=False)
-        assert layer.plan(x).saved_bytes == 0
-    assert layer.requires_grad_(False).plan(x).saved_bytes == 0
+        assert layer.schedule(x) == layer.schedule(x, training=False)
+        assert layer.schedule(x).saved_bytes == 0
+    assert layer.requires_grad_(False).schedule(x).saved_bytes == 0
 
 
 def hooked(stage):
@@ -256,11 +256,11 @@ def test_batches_of_any_size_are_not_compiled_one_by_one():
     for batch in (2, 5, 64, 65, 130, 131):
         x = torch.randn(batch, 1, 8, 8)
         torch.testing.assert_close(run(x), layer(x))
-    assert counts[:2] == [1, 3]  # the first shape is planned; once the batch is a symbol, it is the chain
+    assert counts[:2] == [1, 3]  # the first shape is scheduled; once the batch is a symbol, it is the chain
     assert len(counts) <= 3
 
 
-def test_a_copied_and_a_moved_layer_plans_as_before():
+def test_a_copied_and_a_moved_layer_schedules_as_before():
     layer = layers.CPConv2d(1, 10, 3, rank=6)
     x = torch.randn(2, 1, 8, 8)
     layer(x)

@@ -1,38 +1,41 @@
-"""What a planned contraction costs: multiply-adds, what is moved, calls and memory, for a number of rows and a mode."""
+"""What a scheduled contraction costs for a number of rows, in inference or training: MACs, bytes, calls, memory."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from rankfold._common import real
 from rankfold.errors import LayerError
-from rankfold.layers.tensor._tt_order import BATCHES, Chain, Pair, Sweep, bucket, plan_sweep
+from rankfold.layers.tensor._tt_order import BATCHES, Chain, Pair, Sweep, bucket, schedule_sweep
+
+Schedule = TypeVar("Schedule")
 
 
 @dataclass(frozen=True)
-class TTPlan:
+class TTSchedule:
     """How a tensor-train layer is computed for a number of rows.
 
     Attributes:
         rows: rows of the input; of a convolution, output positions, batch included.
         training: whether a backward pass follows, with gradients of the cores and of the input.
-        groups: (start, stop) of the cores that are merged before they meet the input, from left to right.
+        groups: (start, stop) of the cores that are merged before they are applied, from left to right.
         from_left: which end the contraction starts at.
         chunk: rows (of a convolution, images) taken at a time.
         macs: multiply-adds of a forward pass.
         backward_macs: multiply-adds of the backward pass, recomputing included; 0 in inference.
         moved: bytes that the products read and write.
-        launches: matrix products and convolutions that are called, backward included.
-        peak: bytes of the largest tensor made in the forward pass beside the output and a copy of the input.
-        saved: bytes of intermediates kept for backward, beside input, cores and merged cores.
+        launches: matrix products and convolutions launched, backward included.
+        peak: bytes of the largest tensor made in the forward pass, other than the output and a copy of the input.
+        saved: bytes of intermediates kept for backward, besides the input, the cores and the merged cores.
         rebuilt: whether the dense weight is rebuilt.
-        recomputed: whether the intermediates are computed again in backward.
+        recomputed: whether backward recomputes the intermediates.
     """
 
     rows: int
@@ -91,25 +94,30 @@ def checked_recompute(owner: str, recompute: object) -> float | None:
 def sweeps(chain: Chain, recompute: float | None) -> dict[bool, tuple[Sweep, ...]]:
     """Return the sweeps of a matrix for each of `BATCHES`, in inference (False) and training (True)."""
     ends = math.prod(chain.in_shape) + math.prod(chain.out_shape)
-    training = [plan_sweep(chain, rows, training=True) for rows in BATCHES]
+    training = [schedule_sweep(chain, rows, training=True) for rows in BATCHES]
     if recompute is not None:
         training = [replace(sweep, recompute=sweep.kept(chain) > recompute * ends) for sweep in training]
-    return {False: tuple(plan_sweep(chain, rows) for rows in BATCHES), True: tuple(training)}
+    return {False: tuple(schedule_sweep(chain, rows) for rows in BATCHES), True: tuple(training)}
 
 
-def pick(plans: dict[bool, tuple[Sweep, ...]], rows: int | torch.SymInt, training: bool) -> Sweep:
-    """Return the sweep planned for a number of rows."""
-    return plans[training][bucket(rows)]
+def for_batches(make: Callable[[int, bool], Schedule]) -> dict[bool, tuple[Schedule, ...]]:
+    """Return `make(rows, training)` for each of `BATCHES`, in inference (False) and training (True)."""
+    return {training: tuple(make(rows, training) for rows in BATCHES) for training in (False, True)}
+
+
+def pick(schedules: Mapping[bool, Sequence[Schedule]], rows: int | torch.SymInt, training: bool) -> Schedule:
+    """Return the schedule made for a number of rows."""
+    return schedules[training][bucket(rows)]
 
 
 def wants_gradients(cores: Sequence[Tensor]) -> bool:
-    """Tell whether what is computed from the cores is followed by a backward pass."""
+    """Tell whether a computation with the cores will be followed by a backward pass."""
     return torch.is_grad_enabled() and any([core.requires_grad for core in cores])
 
 
 @lru_cache(maxsize=4096)
-def describe(chain: Chain, sweep: Sweep, rows: int, training: bool, itemsize: int, columns: int = 1) -> TTPlan:
-    """Return the figures of a sweep over a matrix for a number of rows, each carrying a number of columns."""
+def describe(chain: Chain, sweep: Sweep, rows: int, training: bool, itemsize: int, columns: int = 1) -> TTSchedule:
+    """Return the figures of a sweep for a number of rows, each carrying a number of columns."""
     steps, chunk = sweep.steps(chain, columns), min(sweep.chunk or rows, rows)
     chunks = -(-rows // chunk) if chunk else 0
     merged = [chain.core(*group) for group in sweep.groups]
@@ -120,7 +128,7 @@ def describe(chain: Chain, sweep: Sweep, rows: int, training: bool, itemsize: in
     recomputed = sweep.recompute and training
     passes = (3 + recomputed) if training else 1
     swept = rows * columns * sweep.row_macs
-    return TTPlan(
+    return TTSchedule(
         rows=rows,
         training=training,
         groups=sweep.groups,
