@@ -158,7 +158,7 @@ def test_a_worker_that_does_not_know_the_class_leaves_nothing_out():
     with registered(PairLinear):
         job = pickle.dumps(Job("0", layer, untouched("0", layer, None), None, 1, methods=("pair",)))
         assert len(grid(pickle.loads(job))) > 1
-    with pytest.raises(MethodError, match="unknown method 'pair'"):
+    with pytest.raises(MethodError, match="got 'pair'"):
         grid(pickle.loads(job))
 
 
@@ -188,7 +188,7 @@ def test_a_plan_of_a_class_that_is_not_registered_says_so(tmp_path):
         plan = rf.Plan({"0": rf.Choice("pair", rank=3)})
         small = rf.apply(network(), plan)
         rf.save(small, plan, tmp_path / "small.safetensors")
-    told = r"unknown method 'pair': .* the class that implements it must be registered with rankfold.layers.register"
+    told = "once the class that implements it is registered with rankfold.layers.register, got 'pair'"
     with pytest.raises(MethodError, match=told):
         rf.Plan.from_json(plan.to_json())
     with pytest.raises(StoreError, match=told) as error:
