@@ -24,7 +24,7 @@ MATRIX, KERNEL, FOUR = torch.ones(4, 6), torch.ones(4, 3, 2), torch.ones(4, 3, 2
 INPUTS = torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
 MOMENT, WEIGHTS = torch.eye(6), torch.ones(4)
 PAIRED = {"out_shape": (2, 2), "in_shape": (2, 3)}
-METRIC = {"second_moment": MOMENT, "rows": WEIGHTS}
+METRIC = {"second_moment": MOMENT, "output_weights": WEIGHTS}
 # One row per public function: the arguments of a call that works, and which of them are tensors.
 CALLS = {
     "decompose.block_singular_values": ({"matrix": MATRIX, **PAIRED}, ("matrix",)),
@@ -107,7 +107,7 @@ MATRICES_ONLY = {"csr"}
 ARRAYS_WILL_DO = {"ranks.energy", "ranks.evbmf", "ranks.stable_rank"}
 SHAPES_ALONE_WILL_DO = {"decompose.pair_modes", "decompose.rearranged", "decompose.values_of", "decompose.Neurons"}
 PLAIN_TOO = {"decompose.shared_svd", "decompose.singular_values", "decompose.svd"}  # the metric is optional
-OPTIONAL = {"rows", "initial"}
+OPTIONAL = {"output_weights", "initial"}
 
 
 def found(room, name):

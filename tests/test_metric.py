@@ -83,10 +83,10 @@ def test_projection_form_is_the_whitening_form_with_weighted_rows():
     lower, roots = torch.linalg.cholesky(moment), rows.sqrt()[:, None]
     u, s, vh = torch.linalg.svd(roots * matrix @ lower, full_matrices=False)
     white = torch.linalg.solve_triangular(lower.T, ((u[:, :5] * s[:5]) @ vh[:5]).T, upper=True).T / roots
-    found = svd(matrix, 5, second_moment=moment, rows=rows)
+    found = svd(matrix, 5, second_moment=moment, output_weights=rows)
     assert_close(found.to_dense(), white, rtol=0, atol=1e-10)
     assert_close(found.u.T @ found.u, torch.eye(5, dtype=torch.float64))
-    values = singular_values(matrix, second_moment=moment, rows=rows)
+    values = singular_values(matrix, second_moment=moment, output_weights=rows)
     assert_close(values, s)
     expected = float((s[5:].square().sum() / s.square().sum()).sqrt())
     assert metric_error(matrix, found.to_dense(), moment, rows) == pytest.approx(expected, rel=1e-9)
@@ -373,13 +373,13 @@ def test_decompositions_refuse_what_is_no_metric(name, case):
     if (name, case) == ("tt", "zero"):
         pytest.skip("a group of rows that no input reaches has a moment of zeros")
     with pytest.raises(DecompositionError, match=message):
-        STOREY_ZERO[name](second_moment=moment, rows=rows)
+        STOREY_ZERO[name](second_moment=moment, output_weights=rows)
 
 
 def test_weights_of_outputs_need_a_moment():
     for call in (svd, singular_values):
         with pytest.raises(DecompositionError, match="second moment"):
-            call(torch.ones(3, 4), *((1,) if call is svd else ()), rows=torch.ones(3))
+            call(torch.ones(3, 4), *((1,) if call is svd else ()), output_weights=torch.ones(3))
 
 
 def test_forms_cover_every_layer_with_a_bias():

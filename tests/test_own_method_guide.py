@@ -62,5 +62,5 @@ def test_the_file_says_what_it_needs(names):
     path = Path("small.safetensors").resolve()
     with registered():
         _table.ENTRIES.pop((nn.Linear, "blocks"))
-        with pytest.raises(StoreError, match=r"unknown method 'blocks'.* registered with rankfold.layers.register"):
+        with pytest.raises(StoreError, match="registered with rankfold.layers.register, got 'blocks'"):
             load(path, names["make_model"]())

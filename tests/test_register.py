@@ -158,7 +158,7 @@ def test_a_worker_that_does_not_know_the_class_leaves_nothing_out():
     with registered(PairLinear):
         job = pickle.dumps(Job("0", layer, untouched("0", layer, None), None, 1, methods=("pair",)))
         assert len(grid(pickle.loads(job))) > 1
-    with pytest.raises(MethodError, match="unknown method 'pair'"):
+    with pytest.raises(MethodError, match="got 'pair'"):
         grid(pickle.loads(job))
 
 
@@ -188,7 +188,7 @@ def test_a_plan_of_a_class_that_is_not_registered_says_so(tmp_path):
         plan = rf.Plan({"0": rf.Choice("pair", rank=3)})
         small = rf.apply(network(), plan)
         rf.save(small, plan, tmp_path / "small.safetensors")
-    told = r"unknown method 'pair': .* the class that implements it must be registered with rankfold.layers.register"
+    told = "once the class that implements it is registered with rankfold.layers.register, got 'pair'"
     with pytest.raises(MethodError, match=told):
         rf.Plan.from_json(plan.to_json())
     with pytest.raises(StoreError, match=told) as error:
@@ -196,6 +196,15 @@ def test_a_plan_of_a_class_that_is_not_registered_says_so(tmp_path):
     assert "damaged" not in str(error.value)
     with pytest.raises(PlanError, match=told):
         rf.Choice("pair", rank=3)
+
+
+def test_a_known_method_for_another_type_of_layer_says_so(tmp_path):
+    with registered(variant(method="cp")):
+        plan = rf.Plan({"0": rf.Choice("cp", rank=3)})
+        rf.save(rf.apply(network(), plan), plan, tmp_path / "small.safetensors")
+    told = "'cp' does not fit Linear: its methods are svd, .* must be registered with rankfold.layers.register"
+    with pytest.raises(StoreError, match=told):
+        rf.load(tmp_path / "small.safetensors", network())
 
 
 def test_a_planning_with_such_a_method_says_so():

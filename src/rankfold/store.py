@@ -188,7 +188,7 @@ def _without_values(skeleton: nn.Module) -> nn.Module:
         return copy.deepcopy(skeleton, stand_ins)
     except (RuntimeError, TypeError) as problem:
         raise StoreError(
-            f"the skeleton cannot be copied ({problem}): build it anew, without cached results"
+            f"the skeleton cannot be copied ({problem}): build it again, without cached results"
         ) from problem
 
 

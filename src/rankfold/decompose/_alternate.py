@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rankfold._common import Float
-from rankfold.decompose._metric import SOFTENING, check_definite, check_moment, check_rows, row_roots
+from rankfold.decompose._metric import SOFTENING, check_definite, check_moment, check_weights, weight_roots
 from rankfold.decompose._unfold import relative, working_copy
 
 DAMPING = 1e-8  # share of the mean diagonal of normal equations that is added to the diagonal when a change is solved
@@ -46,12 +46,12 @@ class Target:
     roots: Float[Tensor, "m 1"] | None
 
     @classmethod
-    def of(cls, matrix: Tensor, second_moment: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Target:
+    def of(cls, matrix: Tensor, second_moment: Tensor, output_weights: Tensor | None, dtype: torch.dtype) -> Target:
         """Return the target of a matrix, after checking that the metric fits it."""
         work = working_copy(matrix, dtype, order=2)
         moment, _ = check_moment(second_moment, work)
-        check_rows(rows, work)
-        roots = row_roots(rows, work)
+        check_weights(output_weights, work)
+        roots = weight_roots(output_weights, work)
         scaled = work if roots is None else work * roots
         image = scaled @ moment
         energies = (image * scaled).sum(1).double()

@@ -43,7 +43,7 @@ def metric_cp(
     rank: int,
     *,
     second_moment: Tensor,
-    rows: Tensor | None = None,
+    output_weights: Tensor | None = None,
     iterations: int = SWEEPS,
     tolerance: float = TOLERANCE,
     seed: int = 0,
@@ -60,7 +60,7 @@ def metric_cp(
         tensor: (out, in, …), order >= 3, any float dtype and device.
         rank: number of terms, up to the product of all dims but the largest.
         second_moment: C, over all modes but the first, in their order.
-        rows: the diagonal of G, (out,).
+        output_weights: the diagonal of G, (out,).
         iterations: the maximum number of sweeps.
         tolerance: the sweeps end when one lowers the error by less than this share of it.
         seed: of the random starts of `cp`.
@@ -80,7 +80,7 @@ def metric_cp(
     """
     work = working_copy(tensor, torch.float64, least=3)
     check_rank(rank, full_cp_rank(work.shape))
-    form = _Form.of(work, second_moment, rows)
+    form = _Form.of(work, second_moment, output_weights)
     plain = cp(work, rank, seed=seed).factors
     white = form.colour(cp(form.whitened(), rank, iterations=ROUGH, tolerance=1e-4, seed=seed).factors)
     best = min((form.fitted(factors[1:], form.scaled(factors[0])) for factors in (plain, white)), key=_error_of)
@@ -97,7 +97,7 @@ def metric_cp_errors(
     ranks: Sequence[int],
     *,
     second_moment: Tensor,
-    rows: Tensor | None = None,
+    output_weights: Tensor | None = None,
     anchors: int = ANCHORS,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -113,7 +113,7 @@ def metric_cp_errors(
         tensor: as in `metric_cp`.
         ranks: the ranks asked for, in any order.
         second_moment: as in `metric_cp`.
-        rows: as in `metric_cp`.
+        output_weights: as in `metric_cp`.
         anchors: the maximum number of fits.
         seed: of the random starts of the first fit.
         dtype: to compute in.
@@ -134,7 +134,7 @@ def metric_cp_errors(
     work = working_copy(tensor, dtype, least=3)
     for rank in ranks:
         check_rank(rank, full_cp_rank(work.shape))
-    form = _Form.of(work, second_moment, rows)
+    form = _Form.of(work, second_moment, output_weights)
     if not len(ranks) or form.target.total <= 0:
         return [0.0] * len(ranks)
     known: dict[int, float] = {}
@@ -169,8 +169,8 @@ class _Form:
     roots: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, work: Tensor, second_moment: Tensor, rows: Tensor | None) -> _Form:
-        target = Target.of(work.flatten(1), second_moment, rows, work.dtype)
+    def of(cls, work: Tensor, second_moment: Tensor, output_weights: Tensor | None) -> _Form:
+        target = Target.of(work.flatten(1), second_moment, output_weights, work.dtype)
         dims = tuple(work.shape[1:])
         marginals = soft_marginals(target.moment, dims)
         return cls(target, dims, marginals, tuple(map(symmetric_root, marginals)))

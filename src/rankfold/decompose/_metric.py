@@ -20,17 +20,19 @@ from rankfold.errors import DecompositionError
 ASYMMETRY = 1e-4  # share of the largest entry by which a second moment may differ from its transpose
 INDEFINITE = 1e-5  # how negative an eigenvalue may be, as a share of the largest
 SOFTENING = 1e-4  # share of the mean diagonal added where an inverse is needed and closeness is enough
-LEAST_ROW = 1e-8  # share of the mean weight that every output gets at least, because inverse roots are needed
+LEAST_WEIGHT = 1e-8  # share of the mean weight that every output gets at least, because inverse roots are needed
 
 
-def metric_error(matrix: Tensor, approximation: Tensor, second_moment: Tensor, rows: Tensor | None = None) -> float:
+def metric_error(
+    matrix: Tensor, approximation: Tensor, second_moment: Tensor, output_weights: Tensor | None = None
+) -> float:
     """Return the relative error of the outputs, `sqrt(trace(G D C D^T) / trace(G W C W^T))` with `D = W - W'`.
 
     Args:
         matrix: W, (m, n), any float dtype and device.
         approximation: W', (m, n).
         second_moment: C, (n, n): the mean of `x x^T` over the inputs, symmetric positive semi-definite.
-        rows: the diagonal of G, (m,), at least 0: weights of the squared errors of the outputs; 1 by default.
+        output_weights: the diagonal of G, (m,), at least 0: weights of the squared errors of the outputs; 1 by default.
 
     Returns:
         The error; 0 where the matrix itself gives no output in the metric.
@@ -50,23 +52,25 @@ def metric_error(matrix: Tensor, approximation: Tensor, second_moment: Tensor, r
         shapes = f"{tuple(approximation.shape)} and {tuple(matrix.shape)}"
         raise DecompositionError(f"an approximation and its matrix have one shape, not {shapes}")
     moment, _ = check_moment(second_moment, work)
-    weights = check_rows(rows, work)
+    weights = check_weights(output_weights, work)
     total = metric_energy(work, moment, weights)
     return relative(metric_energy(work - approximation.detach().to(work), moment, weights), total)
 
 
-def metric_energy(matrix: Float[Tensor, "m n"], moment: Float[Tensor, "n n"], rows: Tensor | None = None) -> float:
+def metric_energy(
+    matrix: Float[Tensor, "m n"], moment: Float[Tensor, "n n"], output_weights: Tensor | None = None
+) -> float:
     """Return `trace(G D C D^T)`."""
     energies = ((matrix @ moment) * matrix).sum(1)
-    return float((energies if rows is None else energies * rows).sum())
+    return float((energies if output_weights is None else energies * output_weights).sum())
 
 
-def check_metric(matrix: Tensor, second_moment: Tensor | None, rows: Tensor | None) -> None:
+def check_metric(matrix: Tensor, second_moment: Tensor | None, output_weights: Tensor | None) -> None:
     """Raise a DecompositionError for a metric that does not fit the matrix; both may be None."""
     if second_moment is not None:
         check_moment(second_moment, matrix)
-        check_rows(rows, matrix)
-    elif rows is not None:
+        check_weights(output_weights, matrix)
+    elif output_weights is not None:
         raise DecompositionError("weights of the outputs come with a second moment: the identity is the plain norm")
 
 
@@ -95,26 +99,26 @@ def check_definite(values: Float[Tensor, " n"]) -> None:
         raise DecompositionError(f"the second moment is not positive semi-definite: {least}")
 
 
-def check_rows(rows: Tensor | None, work: Float[Tensor, "m n"]) -> Float[Tensor, " m"] | None:
+def check_weights(output_weights: Tensor | None, work: Float[Tensor, "m n"]) -> Float[Tensor, " m"] | None:
     """Return the weights of the outputs in the dtype and on the device of `work`."""
-    if rows is None:
+    if output_weights is None:
         return None
-    check_dense(rows, "rows")
-    if tuple(rows.shape) != (work.shape[0],):
-        raise DecompositionError(f"{work.shape[0]} outputs have as many weights, not those of {tuple(rows.shape)}")
-    weights = working_copy(rows, torch.promote_types(work.dtype, torch.float32), least=1).to(work.device)
+    check_dense(output_weights, "output_weights")
+    if (given := tuple(output_weights.shape)) != (work.shape[0],):
+        raise DecompositionError(f"{work.shape[0]} outputs have as many weights, not those of {given}")
+    weights = working_copy(output_weights, torch.promote_types(work.dtype, torch.float32), least=1).to(work.device)
     if float(weights.min()) < 0 or float(weights.max()) == 0:
         raise DecompositionError("the weights of the outputs are mean squares: none is negative, and not all are zero")
     return weights
 
 
-def row_roots(rows: Tensor | None, work: Float[Tensor, "m n"]) -> Float[Tensor, "m 1"] | None:
+def weight_roots(output_weights: Tensor | None, work: Float[Tensor, "m n"]) -> Float[Tensor, "m 1"] | None:
     """Return `G^(1/2)` as a column, scaled to mean square 1 before small weights are raised to the least one."""
-    weights = check_rows(rows, work)
+    weights = check_weights(output_weights, work)
     if weights is None:
         return None
     relative_weights = weights / weights.mean()
-    return relative_weights.clamp_min(LEAST_ROW).sqrt()[:, None]
+    return relative_weights.clamp_min(LEAST_WEIGHT).sqrt()[:, None]
 
 
 def root_of(moment: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
@@ -151,16 +155,16 @@ def soft_marginals(moment: Float[Tensor, "n n"], dims: Sequence[int]) -> tuple[T
 
 
 def metric_spectrum(
-    matrix: Float[Tensor, "m n"], second_moment: Tensor, rows: Tensor | None = None
+    matrix: Float[Tensor, "m n"], second_moment: Tensor, output_weights: Tensor | None = None
 ) -> Float[Tensor, " values"]:
     """Return all singular values of `G^(1/2) W C^(1/2)`, descending, from one eigendecomposition of the shorter side.
 
     Their squares are accurate to the rounding of the largest one, so a tail below 1e-8 of the norm is only rounding.
     """
     moment, scale = check_moment(second_moment, matrix)
-    weights = check_rows(rows, matrix)
+    weights = check_weights(output_weights, matrix)
     mean = 1.0 if weights is None else float(weights.mean())
-    roots = row_roots(rows, matrix)
+    roots = weight_roots(output_weights, matrix)
     work = matrix if roots is None else matrix * roots
     m, n = work.shape
     if m <= n:

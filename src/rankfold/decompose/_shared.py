@@ -54,7 +54,7 @@ def shared_svd(
     rank: int,
     *,
     second_moment: Tensor | None = None,
-    rows: Tensor | None = None,
+    output_weights: Tensor | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> SharedSVD:
@@ -69,7 +69,7 @@ def shared_svd(
         matrices: (m_k, n) each, any float dtype, all on one device.
         rank: between 1 and min(sum of rows, n).
         second_moment: as in `svd`, of the inputs that they share.
-        rows: weights of the outputs of all matrices, in their order.
+        output_weights: weights of the outputs of all matrices, in their order.
         seed: as in `svd`.
         dtype: to compute in.
 
@@ -96,6 +96,6 @@ def shared_svd(
     if not shapes or any(len(shape) != 2 or shape[1] != shapes[0][-1] for shape in shapes):
         raise DecompositionError(f"a basis is shared by matrices with as many columns, not by those of {shapes}")
     stacked = torch.cat([matrix.detach().to(matrices[0].dtype) for matrix in matrices])
-    found = svd(stacked, rank, second_moment=second_moment, rows=rows, seed=seed, dtype=dtype)
+    found = svd(stacked, rank, second_moment=second_moment, output_weights=output_weights, seed=seed, dtype=dtype)
     left, right = found.balanced()
     return SharedSVD(torch.split(left, [shape[0] for shape in shapes]), right, found.error)

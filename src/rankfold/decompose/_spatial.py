@@ -71,7 +71,7 @@ def separable(
     rank: int,
     *,
     second_moment: Tensor,
-    rows: Tensor | None = None,
+    output_weights: Tensor | None = None,
     iterations: int = SWEEPS,
     tolerance: float = TOLERANCE,
     dtype: torch.dtype = torch.float64,
@@ -88,7 +88,7 @@ def separable(
         kernel: (out, in, first, second), any float dtype and device.
         rank: between 1 and min(out * second, in * first).
         second_moment: C, over (in, first, second) in this order.
-        rows: the diagonal of G, (out,).
+        output_weights: the diagonal of G, (out,).
         iterations: the maximum number of sweeps.
         tolerance: the sweeps end when one lowers the error by less than this share of it.
         dtype: to compute in.
@@ -108,7 +108,7 @@ def separable(
     work = working_copy(kernel, dtype, order=4, what="kernel")
     out, into, first, second = work.shape
     check_rank(rank, min(out * second, into * first))
-    target = Target.of(work.flatten(1), second_moment, rows, dtype)
+    target = Target.of(work.flatten(1), second_moment, output_weights, dtype)
     form = _Form.of(target, into, first, second)
     starts = [form.fitted(right[:rank]) for right in (form.plain_right(rank), form.metric_right(rank))]
     right, left, begun = min(starts, key=lambda found: found[2])
@@ -124,7 +124,7 @@ def separable_errors(
     ranks: list[int],
     *,
     second_moment: Tensor,
-    rows: Tensor | None = None,
+    output_weights: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> list[float]:
     """Estimate the error in the metric that `separable` reaches at each rank.
@@ -137,7 +137,7 @@ def separable_errors(
         kernel: as in `separable`.
         ranks: the ranks asked for, in any order.
         second_moment: as in `separable`.
-        rows: as in `separable`.
+        output_weights: as in `separable`.
         dtype: to compute in.
 
     Returns:
@@ -159,7 +159,7 @@ def separable_errors(
     if not ranks:
         return []
     most = max(check_rank(rank, full) for rank in ranks)
-    target = Target.of(work.flatten(1), second_moment, rows, dtype)
+    target = Target.of(work.flatten(1), second_moment, output_weights, dtype)
     form = _Form.of(target, into, first, second)
     right = form.metric_right(most)
     normal, wanted = form.equations(right)

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from rankfold._common import Float, check_dense, one_of
 from rankfold.decompose._factors import SVD, fix_signs
-from rankfold.decompose._metric import check_definite, check_metric, check_moment, metric_spectrum, root_of, row_roots
+from rankfold.decompose._metric import (
+    check_definite,
+    check_metric,
+    check_moment,
+    metric_spectrum,
+    root_of,
+    weight_roots,
+)
 from rankfold.decompose._unfold import (
     check_rank,
     check_tolerance,
@@ -72,7 +79,7 @@ def svd(  # noqa: PLR0913 (one keyword per choice of the target and the metric)
     *,
     tolerance: float | None = None,
     second_moment: Tensor | None = None,
-    rows: Tensor | None = None,
+    output_weights: Tensor | None = None,
     method: str = "auto",
     seed: int = 0,
     dtype: torch.dtype | None = None,
@@ -91,8 +98,8 @@ def svd(  # noqa: PLR0913 (one keyword per choice of the target and the metric)
         rank: between 1 and min(m, n); this or `tolerance`.
         tolerance: largest relative error (in the metric of C where it is given), below 1; 0 keeps the numerical rank.
         second_moment: (n, n), symmetric positive semi-definite.
-        rows: (m,), weights of the squared errors of the outputs, at least 0 (each counts as 1e-8 of their mean or
-            more, since its inverse is needed); only with a second moment.
+        output_weights: (m,), weights of the squared errors of the outputs, at least 0 (each counts as 1e-8 of their
+            mean or more, since its inverse is needed); only with a second moment.
         method: "exact"; "gram" (eigenvectors of the smaller Gram matrix: errors above 1e-6); "randomised" (block
             Krylov basis: within 0.2 % of the least error on slowly decaying spectra; for ranks up to a fifth of the
             smaller side); or "auto", the cheapest of them that reaches the accuracy asked for.
@@ -123,8 +130,8 @@ def svd(  # noqa: PLR0913 (one keyword per choice of the target and the metric)
         raise DecompositionError(f"give a rank or a tolerance, not both or neither: rank={rank}, tolerance={tolerance}")
     target = _Target(None, check_tolerance(tolerance)) if rank is None else _Target(check_rank(rank, full))
     if second_moment is not None and target.rank != full:
-        return _in_metric(matrix, second_moment, rows, target, method, dtype or torch.float64)
-    check_metric(matrix, second_moment, rows)
+        return _in_metric(matrix, second_moment, output_weights, target, method, dtype or torch.float64)
+    check_metric(matrix, second_moment, output_weights)
     names = _candidates(full, target) if method == "auto" else FALLBACK.get(method, (method,))
     attempts = [(name, p) for name in names for p in _precisions(name, target, matrix.dtype, dtype)]
     if not attempts:
@@ -139,7 +146,7 @@ def singular_values(
     matrix: Tensor,
     *,
     second_moment: Tensor | None = None,
-    rows: Tensor | None = None,
+    output_weights: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Float[Tensor, " values"]:
     """Return all singular values of a matrix W, descending; in a metric those of `G^(1/2) W C^(1/2)`.
@@ -151,7 +158,7 @@ def singular_values(
     Args:
         matrix: (m, n), any float dtype and device.
         second_moment: C as in `svd`.
-        rows: the diagonal of G as in `svd`.
+        output_weights: the diagonal of G as in `svd`.
         dtype: to compute in, and of the result.
 
     Returns:
@@ -167,9 +174,9 @@ def singular_values(
         tensor([3., 2.], dtype=torch.float64)
     """
     work = working_copy(matrix, dtype, order=2, what="matrix")
-    check_metric(work, second_moment, rows)
+    check_metric(work, second_moment, output_weights)
     if second_moment is not None:
-        return metric_spectrum(work, second_moment, rows).to(dtype)
+        return metric_spectrum(work, second_moment, output_weights).to(dtype)
     short, scale = _scaled(work)
     short = short if short.shape[0] <= short.shape[1] else short.T
     values = torch.linalg.eigvalsh(row_gram(short).double()).flip(0)
@@ -344,14 +351,14 @@ def _triplets(left: Float[Tensor, "m rank"], rest: Float[Tensor, "rank n"]) -> T
 
 
 def _in_metric(  # noqa: PLR0913 (the arguments of `svd`, checked)
-    matrix: Tensor, moment: Tensor, rows: Tensor | None, target: _Target, method: str, dtype: torch.dtype
+    matrix: Tensor, moment: Tensor, output_weights: Tensor | None, target: _Target, method: str, dtype: torch.dtype
 ) -> SVD:
     """Return the rank-r matrix closest in the metric of a second moment and of weights of the outputs."""
     work = working_copy(matrix, dtype, order=2, what="matrix")
     moment, _ = check_moment(moment, work)
     if method == "randomised":
         raise DecompositionError("method 'randomised' takes no second moment: use 'auto', 'gram' or 'exact'")
-    roots = row_roots(rows, work)
+    roots = weight_roots(output_weights, work)
     scaled = work if roots is None else work * roots
     m, n = work.shape
     name = "exact" if method == "exact" else "gram"

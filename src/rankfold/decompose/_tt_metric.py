@@ -18,7 +18,7 @@ from rankfold.decompose._metric import (
     SOFTENING,
     check_definite,
     check_moment,
-    check_rows,
+    check_weights,
     soft_marginals,
     symmetric_root,
 )
@@ -41,7 +41,7 @@ def metric_tt_matrix(
     rank: Rank,
     *,
     second_moment: Tensor,
-    rows: Tensor | None = None,
+    output_weights: Tensor | None = None,
     iterations: int = CORE_SWEEPS,
 ) -> TTMatrix:
     """Return a matrix as a tensor train over paired modes, at the least error of the outputs of the layer.
@@ -57,7 +57,7 @@ def metric_tt_matrix(
         in_shape: as many dims of the columns.
         rank: as in `tensor_train`.
         second_moment: C, (in, in), or (groups, in, in) where groups of rows see inputs of their own.
-        rows: the diagonal of G, (out,), weights of the outputs.
+        output_weights: the diagonal of G, (out,), weights of the outputs.
         iterations: the maximum number of sweeps; they end when one lowers the error by less than `TOLERANCE` of it.
 
     Returns:
@@ -73,7 +73,7 @@ def metric_tt_matrix(
         ((1,), True)
     """
     work = working_copy(matrix, torch.float64, order=2, what="matrix")
-    form = _Form.of(work, second_moment, rows, tuple(out_shape), tuple(in_shape))
+    form = _Form.of(work, second_moment, output_weights, tuple(out_shape), tuple(in_shape))
     plain = list(tt_matrix(work, out_shape, in_shape, rank).cores)
     white = form.coloured(tt_matrix(form.whitened(), out_shape, in_shape, rank).cores)
     best, trace = form.swept(min((plain, white), key=form.error), iterations, WORK)
@@ -89,7 +89,7 @@ def metric_tt_errors(
     ranks: Sequence[Rank],
     *,
     second_moment: Tensor,
-    rows: Tensor | None = None,
+    output_weights: Tensor | None = None,
 ) -> list[float]:
     """Estimate the error in the metric at each rank from one TT-SVD of the matrix multiplied by marginal roots.
 
@@ -103,7 +103,7 @@ def metric_tt_errors(
         in_shape: as in `metric_tt_matrix`.
         ranks: ranks as in `tensor_train`.
         second_moment: as in `metric_tt_matrix`.
-        rows: as in `metric_tt_matrix`.
+        output_weights: as in `metric_tt_matrix`.
 
     Returns:
         One relative error of the outputs per rank.
@@ -119,7 +119,7 @@ def metric_tt_errors(
         (True, True)
     """
     work = working_copy(matrix, torch.float64, order=2, what="matrix")
-    form = _Form.of(work, second_moment, rows, tuple(out_shape), tuple(in_shape))
+    form = _Form.of(work, second_moment, output_weights, tuple(out_shape), tuple(in_shape))
     found = tt_roundings(pair_modes(form.whitened(), out_shape, in_shape), ranks)
     white = [train.error for train in found]
     places = spread_over(white, MEASURED)
@@ -147,7 +147,7 @@ class _Form:
         cls,
         work: Tensor,
         second_moment: Tensor,
-        rows: Tensor | None,
+        output_weights: Tensor | None,
         out_shape: tuple[int, ...],
         in_shape: tuple[int, ...],
     ) -> _Form:
@@ -158,7 +158,7 @@ class _Form:
         if len(work) % len(given):
             raise DecompositionError(f"{len(given)} groups do not divide {len(work)} outputs")
         moments = torch.stack([_checked(moment, work) for moment in given])
-        weights = check_rows(rows, work)
+        weights = check_weights(output_weights, work)
         weights = torch.ones_like(work[:, 0]) if weights is None else weights
         image = _by_groups(work, moments)
         energies = (image * work).sum(1)

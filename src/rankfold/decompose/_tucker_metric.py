@@ -33,7 +33,7 @@ def metric_tucker(
     rank: tuple[int, int],
     *,
     second_moment: Tensor,
-    rows: Tensor | None = None,
+    output_weights: Tensor | None = None,
     iterations: int = SWEEPS,
     tolerance: float = TOLERANCE,
     dtype: torch.dtype = torch.float64,
@@ -49,7 +49,7 @@ def metric_tucker(
         kernel: (out, in, space…), any float dtype and device.
         rank: of the outputs and of the inputs.
         second_moment: C, over (in, space…) in this order.
-        rows: the diagonal of G, (out,), weights of the outputs.
+        output_weights: the diagonal of G, (out,), weights of the outputs.
         iterations: the maximum number of sweeps.
         tolerance: the sweeps end when one lowers the error by less than this share of it.
         dtype: to compute in.
@@ -72,7 +72,7 @@ def metric_tucker(
         ((1, 2), True)
     """
     work, ranks = _checked(kernel, rank, dtype)
-    form = _Form.of(Target.of(work.flatten(1), second_moment, rows, dtype), work.shape[1])
+    form = _Form.of(Target.of(work.flatten(1), second_moment, output_weights, dtype), work.shape[1])
     plain = tucker(work, ranks, modes=(0, 1)).factors[1]
     best = min(
         (form.fitted(into, ranks[0]) for into in (plain, form.metric_input(ranks[1]))), key=lambda fit: fit.error
@@ -99,7 +99,7 @@ def metric_tucker_errors(
     ranks: Sequence[tuple[int, int]],
     *,
     second_moment: Tensor,
-    rows: Tensor | None = None,
+    output_weights: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> list[float]:
     """Return the error in the metric at each pair of ranks, of the HOSVD start of `metric_tucker`.
@@ -113,7 +113,7 @@ def metric_tucker_errors(
         kernel: as in `metric_tucker`.
         ranks: pairs, in any order.
         second_moment: as in `metric_tucker`.
-        rows: as in `metric_tucker`.
+        output_weights: as in `metric_tucker`.
         dtype: to compute in.
 
     Returns:
@@ -133,15 +133,15 @@ def metric_tucker_errors(
         return []
     pairs = [_checked(kernel, rank, dtype)[1] for rank in ranks]
     work = working_copy(kernel, dtype, what="kernel")
-    form = _Form.of(Target.of(work.flatten(1), second_moment, rows, dtype), work.shape[1])
+    form = _Form.of(Target.of(work.flatten(1), second_moment, output_weights, dtype), work.shape[1])
     if form.target.total <= 0:
         return [0.0] * len(ranks)
     wanted = sorted({into for _, into in pairs})
     found = form.captured(form.metric_input(wanted[-1]))  # out, most, space
     gram, curves, done = found.new_zeros(len(found), len(found)), dict[int, Tensor](), 0
     for into in wanted:
-        rows = found[:, done:into].flatten(1)
-        gram, done = gram + rows @ rows.T, into
+        added = found[:, done:into].flatten(1)
+        gram, done = gram + added @ added.T, into
         curves[into] = torch.linalg.eigvalsh(gram).flip(0).double().clamp_min(0).cumsum(0)
     total = form.target.total
     return [relative(total - float(curves[into][out - 1]), total) for out, into in pairs]

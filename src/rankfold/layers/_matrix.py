@@ -57,9 +57,8 @@ class MatrixLayer(TwinLayer):
         """Return the exact relative error of the weight, or of the outputs in a metric, at each rank."""
         check_type(cls, dense, cls.dense_type)
         (group,) = group_metrics(cls, dense, metric)
-        weight = finite_weight(
-            cls, dense, torch.float32
-        )  # converted to float64 inside, only once: a table may be half the model
+        # converted to float64 inside, only once: a table may be half the model
+        weight = finite_weight(cls, dense, torch.float32)
         checked: list[Any] = [check_rank(cls.__name__, rank, min(weight.shape)) for rank in ranks]
         if metric is not None and group is None:
             return (0.0,) * len(checked)  # its inputs never vary, or its outputs carry no weight
@@ -70,9 +69,8 @@ class MatrixLayer(TwinLayer):
     def spectra(cls, dense: nn.Module) -> tuple[Spectrum, ...]:
         """Return the singular values of the weight."""
         check_type(cls, dense, cls.dense_type)
-        weight = finite_weight(
-            cls, dense, torch.float32
-        )  # converted to float64 inside, only once: a table may be half the model
+        # converted to float64 inside, only once: a table may be half the model
+        weight = finite_weight(cls, dense, torch.float32)
         rows, columns = weight.shape
         return (Spectrum(singular_values(weight), (rows, columns)),)
 

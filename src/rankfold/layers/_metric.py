@@ -37,7 +37,7 @@ class GroupMetric:
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of a decomposition."""
-        return {"second_moment": self.moment, "rows": self.rows}
+        return {"second_moment": self.moment, "output_weights": self.rows}
 
     def for_curves(self) -> dict[str, Any]:
         """Return the keyword arguments of a curve of errors: of large kernels in float32, which is twice as fast."""

@@ -80,7 +80,8 @@ def layer_class(layer: nn.Module, method: str) -> type[FactorisedLayer]:
     if found is None:
         known = methods_for(layer)
         advice = f"its methods are {', '.join(known)}" if known else "no method factorises this type of layer"
-        raise LayerError(f"method {method!r} does not fit {type(layer).__name__}: {advice}")
+        own = "a class of your own that does it must be registered with rankfold.layers.register first"
+        raise LayerError(f"method {method!r} does not fit {type(layer).__name__}: {advice}; {own}")
     return found
 
 

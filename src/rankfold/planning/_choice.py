@@ -16,6 +16,7 @@ from rankfold.planning._metrics import METRICS
 
 PREDICTED = (*QUANTITIES, "error", "damage")  # what belongs to one method, rank and options
 DENSE = tuple(f"dense_{quantity}" for quantity in QUANTITIES)
+OWN = "one of your own, once the class that implements it is registered with rankfold.layers.register"
 RESERVED = {"method", "rank", "reason", "metric", "for", *PREDICTED, *DENSE}  # keys of a choice in a plan's JSON
 
 
@@ -53,11 +54,7 @@ class Choice:
     metric: str = ""
 
     def __post_init__(self) -> None:
-        if self.method not in methods():
-            raise MethodError(
-                f"unknown method {self.method!r}: the methods are {', '.join(sorted(methods()))}; if it is one of your "
-                "own, the class that implements it must be registered with rankfold.layers.register first"
-            )
+        one_of("method", self.method, sorted(methods()), other=OWN, error=MethodError)
         object.__setattr__(self, "rank", _checked_rank(self.method, self.rank))
         object.__setattr__(self, "options", _checked_options(self.method, self.options))
         self.amounts.check("a choice")

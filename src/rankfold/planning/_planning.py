@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 from rankfold._common import near, one_of, whole
 from rankfold.errors import MethodError, PlanError
 from rankfold.layers import BLOCKS, TABLE
-from rankfold.planning._choice import methods
+from rankfold.planning._choice import OWN, methods
 from rankfold.planning._metrics import AUTO, METRICS
 from rankfold.planning._objectives import OBJECTIVES
 from rankfold.planning._rules import INITS, Init, RuleName, Select, rule_of
@@ -18,7 +18,6 @@ from rankfold.stats import Loss, Mask
 MethodName: TypeAlias = Literal["svd", "cp", "tucker", "tt", "btt", "kronecker", "ring"]
 MetricName: TypeAlias = Literal["auto", "weights", "outputs", "fisher", "fwsvd", "asvd", "whitening"]
 ObjectiveName: TypeAlias = Literal["auto", "squares", "energy", "loss", "tempered", "calibrated"]
-OWN = "one of your own, once its class is registered with rankfold.layers.register"
 
 
 @dataclass(frozen=True)

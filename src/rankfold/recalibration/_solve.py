@@ -71,7 +71,7 @@ def projected(target: Target, rank: int) -> Tensor:
     """
     rows = [None] * len(target.weight) if target.rows is None else target.rows
     groups = zip(target.weight, target.metric, rows, strict=True)
-    return torch.stack([svd(weight, rank, second_moment=c, rows=r).to_dense() for weight, c, r in groups])
+    return torch.stack([svd(weight, rank, second_moment=c, output_weights=r).to_dense() for weight, c, r in groups])
 
 
 def alternated(layer: nn.Module, target: Target) -> nn.Module:

@@ -197,7 +197,7 @@ def _compare(path: str | os.PathLike[str], found: Any, wanted: Any, name: str) -
         found, wanted, name = found.get(different), wanted.get(different), f"{name}'s {different}"
     raise StoreError(
         f"{os.fspath(path)} is the checkpoint of another run: its {name} is {found!r}, this run's {wanted!r}. "
-        "Continue with the same model and settings, or remove the file to start anew"
+        "Continue with the same model and settings, or remove the file to start again"
     )
 
 

@@ -46,11 +46,11 @@ def _arguments(form: TTForm, matrix: Tensor, groups: Sequence[GroupMetric | None
             cube = group.moment.to(moment).reshape(form.in_size, lead, form.in_size, lead)
             moment[:, : form.in_size, :, : form.in_size] = cube.permute(1, 0, 3, 2)
     head: tuple[tuple[int, ...], ...] = ((1,), (form.lead,)) if form.lead else ((), ())
-    rows = None if metric.rows is None else metric.rows.detach().to(matrix)
+    weights = None if metric.rows is None else metric.rows.detach().to(matrix)
     return {
         "matrix": wide.flatten(1),
         "out_shape": (*head[0], *form.out_shape),
         "in_shape": (*head[1], *form.in_shape),
         "second_moment": moments.flatten(3).flatten(1, 2),
-        "rows": rows,
+        "output_weights": weights,
     }

@@ -62,9 +62,8 @@ def row_schedules(chain: Chain) -> tuple[RowSchedule, ...]:
 
 def bucket_of(rows: int | torch.SymInt) -> int:
     """Return the position in `ROWS` of the schedule that serves this many rows."""
-    count = (
-        rows if isinstance(rows, int) else TYPICAL_ROWS
-    )  # comparing a symbol would specialise the program to its range
+    # comparing a symbol would specialise the program to its range
+    count = rows if isinstance(rows, int) else TYPICAL_ROWS
     return next((k for k, limit in enumerate(ROWS) if count <= limit), len(ROWS) - 1)
 
 
