@@ -139,8 +139,12 @@ def test_the_solved_layer_itself_is_built(solved, tmp_path):
     assert chosen.error == plan.layers["0:2"].error < 0.05
     rf.save(small, plan, tmp_path / "small.safetensors")
     assert_close(rf.load(tmp_path / "small.safetensors", network())(DATA[0]), small(DATA[0]), rtol=0, atol=0)
+    held = rf.apply(MODEL, plan, stats=STATS)  # a plan in memory still has the layers that were solved
+    assert_close(dict(held.state_dict()), dict(small.state_dict()), rtol=0, atol=0)
     with pytest.raises(PlanError, match="blocks="):
-        rf.apply(MODEL, plan, stats=STATS)
+        rf.apply(MODEL, again, stats=STATS)
+    with pytest.raises(PlanError, match="blocks=…"):
+        rf.compress(MODEL, DATA, plan=again)
     with pytest.raises(PlanError, match="blocks="):
         rf.apply(MODEL, plan, stats=STATS, blocks={"0:2": made({40: 0.1})})
 

@@ -90,7 +90,7 @@ PLANNINGS = {
     "uniform": rf.Planning(rule="uniform", methods="svd"),
     "energy": rf.Planning(rule="energy", methods="svd"),
     "not fitted": rf.Planning(recalibrate=False, batchnorm=False),
-    "few batches": rf.Planning(batches=1, multiple=4),
+    "few batches": rf.Planning(batches=1, multiple=2),
     "masked": rf.Planning(mask=some_tokens),
     "from scratch": rf.Planning(init="random", rule="uniform", seed=7),
 }

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
 import types
@@ -74,6 +75,12 @@ def test_no_function_has_more_than_twelve_parameters(path):
             given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
             names = [argument.arg for argument in given if argument.arg not in ("self", "cls")]
             assert len(names) <= 12, f"{node.name} has {len(names)}"
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_an_argument_is_described_where_it_is(path):
+    """Help that pops up in an editor must say what a thing is, not where it is said."""
+    assert not re.findall(r"^ +\w+: .*\bas in `.*$", path.read_text(), re.MULTILINE)
 
 
 def test_files_are_short():

@@ -69,16 +69,16 @@ def block_singular_values(
     The error at a rank is the root of the share of the squares beyond it: one call gives it at every rank.
 
     Args:
-        matrix: as in `block_tensor_train`.
-        out_shape: as in `block_tensor_train`.
-        in_shape: as in `block_tensor_train`.
+        matrix: (rows, columns), any float dtype.
+        out_shape: two dims whose product is at least the number of rows.
+        in_shape: two dims whose product is at least the number of columns.
         dtype: to compute in.
 
     Returns:
         (blocks down, blocks across, values).
 
     Raises:
-        DecompositionError: as in `block_tensor_train`.
+        DecompositionError: shapes that are not two dims or do not cover the matrix, a rank out of range, NaN or Inf.
 
     Example:
         >>> import torch

@@ -110,10 +110,10 @@ def metric_cp_errors(
     lower, or up to a third lower where no sweep was affordable. In between the curve is interpolated monotonically.
 
     Args:
-        tensor: as in `metric_cp`.
+        tensor: (out, in, …), order >= 3, any float dtype and device.
         ranks: the ranks asked for, in any order.
-        second_moment: as in `metric_cp`.
-        output_weights: as in `metric_cp`.
+        second_moment: C, over all modes but the first, in their order.
+        output_weights: the diagonal of G, (out,).
         anchors: the maximum number of fits.
         seed: of the random starts of the first fit.
         dtype: to compute in.
@@ -122,7 +122,7 @@ def metric_cp_errors(
         One relative error of the outputs per rank.
 
     Raises:
-        DecompositionError: as in `metric_cp`.
+        DecompositionError: a rank out of range, a metric that does not fit, NaN or Inf entries.
 
     Example:
         >>> import torch

@@ -36,14 +36,15 @@ def kronecker_sum(
         in_shape: (n_1, n_2), columns of A and of B; the product is at least the number of columns.
         rank: the number of terms, up to min(m_1 n_1, m_2 n_2); this or `tolerance`.
         tolerance: largest relative error, below 1.
-        seed: as in `svd`, for small ranks of large matrices.
-        dtype: as in `svd`.
+        seed: of the random start of the Krylov basis, for small ranks of large matrices.
+        dtype: to compute in, torch.float64 or torch.float32. By default float64, except that the randomised method
+            multiplies a matrix given in float32 or less by float32 (its small algebra stays float64).
 
     Returns:
         The factors in the matrix's dtype, the square roots of the singular values in each, and the error.
 
     Raises:
-        DecompositionError: shapes that are not two dims or do not cover the matrix; else as in `svd`.
+        DecompositionError: shapes that are not two dims or do not cover the matrix, a rank out of range, NaN or Inf.
 
     Reference:
         Van Loan and Pitsianis (1993), Approximation with Kronecker products, section 2.

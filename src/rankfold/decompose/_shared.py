@@ -68,16 +68,17 @@ def shared_svd(
     Args:
         matrices: (m_k, n) each, any float dtype, all on one device.
         rank: between 1 and min(sum of rows, n).
-        second_moment: as in `svd`, of the inputs that they share.
+        second_moment: (n, n), symmetric positive semi-definite, of the inputs that they share.
         output_weights: weights of the outputs of all matrices, in their order.
-        seed: as in `svd`.
+        seed: of the random start of the Krylov basis.
         dtype: to compute in.
 
     Returns:
         The factors in the dtype of the first matrix, the scale balanced between the two sides.
 
     Raises:
-        DecompositionError: no matrices, different numbers of columns; else as in `svd`.
+        DecompositionError: no matrices, different numbers of columns, an unusable rank, a metric that does not
+            fit, NaN or Inf.
 
     Reference:
         Wang et al. 2024 (Basis Sharing), there across layers.

@@ -134,17 +134,17 @@ def separable_errors(
     multiply-adds, and what they gain is interpolated.
 
     Args:
-        kernel: as in `separable`.
+        kernel: (out, in, first, second), any float dtype and device.
         ranks: the ranks asked for, in any order.
-        second_moment: as in `separable`.
-        output_weights: as in `separable`.
+        second_moment: C, over (in, first, second) in this order.
+        output_weights: the diagonal of G, (out,).
         dtype: to compute in.
 
     Returns:
         One relative error of the outputs per entry of `ranks`.
 
     Raises:
-        DecompositionError: as in `separable`.
+        DecompositionError: a rank out of range, a metric that does not fit, NaN or Inf entries.
 
     Example:
         >>> import torch

@@ -157,8 +157,8 @@ def singular_values(
 
     Args:
         matrix: (m, n), any float dtype and device.
-        second_moment: C as in `svd`.
-        output_weights: the diagonal of G as in `svd`.
+        second_moment: C, (n, n), symmetric positive semi-definite.
+        output_weights: the diagonal of G, (m,), weights of the squared errors of the rows.
         dtype: to compute in, and of the result.
 
     Returns:

@@ -95,15 +95,18 @@ def tt_matrix(
         matrix: (rows, columns).
         out_shape: dims whose product is at least the number of rows.
         in_shape: as many dims, whose product is at least the number of columns.
-        rank: as in `tensor_train`.
-        tolerance: as in `tensor_train`.
-        dtype: as in `tensor_train`.
+        rank: a cap for every bond, clipped to what is possible at each; or one per bond. None keeps all.
+        tolerance: relative error to stay within instead: the smallest ranks with `||X - X^|| <= tolerance ||X||`, each
+            bond getting an equal share of what is not yet used.
+        dtype: to compute in, torch.float64 or torch.float32. By default float64, except that a tensor given in float32
+            or less is multiplied in float32 as long as far more is discarded than that rounds off.
 
     Returns:
         Cores (r, out_k, in_k, r') with the error and its bound.
 
     Raises:
-        DecompositionError: shapes too small or of different lengths; else as in `tensor_train`.
+        DecompositionError: shapes too small or of different lengths, a rank out of range, both rank and tolerance,
+            an unusable matrix.
 
     Reference:
         Novikov et al. (2015), Tensorizing neural networks, section 3.
@@ -144,7 +147,8 @@ def tt_round(
 
     Args:
         train: a TT or a TT-matrix.
-        rank: as in `tensor_train`; None with no tolerance only removes bonds that cannot be needed.
+        rank: a cap for every bond, clipped to what is possible at each; or one per bond; None with no
+            tolerance only removes bonds that cannot be needed.
         tolerance: relative error to stay within, against `train`.
         dtype: to compute in.
 
@@ -152,7 +156,7 @@ def tt_round(
         The same kind, left-orthogonal but for its last core; `error` and `bound` are against `train`.
 
     Raises:
-        DecompositionError: as in `tensor_train`.
+        DecompositionError: rank below 1 or beyond the largest bond, both rank and tolerance, unusable tensor.
 
     Reference:
         Oseledets (2011), algorithm 2.
@@ -180,14 +184,14 @@ def tt_roundings(tensor: Tensor, ranks: Sequence[Rank], *, dtype: torch.dtype = 
 
     Args:
         tensor: order >= 2.
-        ranks: ranks as in `tensor_train`.
+        ranks: of each a cap for every bond, clipped to what is possible at each, or one per bond.
         dtype: to compute in.
 
     Returns:
         One train per rank, in `dtype`.
 
     Raises:
-        DecompositionError: as in `tensor_train`.
+        DecompositionError: rank below 1 or beyond the largest bond, both rank and tolerance, unusable tensor.
 
     Example:
         >>> import torch

@@ -55,7 +55,7 @@ def metric_tt_matrix(
         matrix: (out, in), with as many columns as `in_shape` has and at most as many rows as `out_shape`.
         out_shape: dims of the rows; where their product is larger, the train is free there.
         in_shape: as many dims of the columns.
-        rank: as in `tensor_train`.
+        rank: a cap for every bond, clipped to what is possible at each; or one per bond. None keeps all.
         second_moment: C, (in, in), or (groups, in, in) where groups of rows see inputs of their own.
         output_weights: the diagonal of G, (out,), weights of the outputs.
         iterations: the maximum number of sweeps; they end when one lowers the error by less than `TOLERANCE` of it.
@@ -98,18 +98,18 @@ def metric_tt_errors(
     multiply-adds, and the ratio of the two interpolated. `metric_tt_matrix` reaches a little less.
 
     Args:
-        matrix: as in `metric_tt_matrix`.
-        out_shape: as in `metric_tt_matrix`.
-        in_shape: as in `metric_tt_matrix`.
-        ranks: ranks as in `tensor_train`.
-        second_moment: as in `metric_tt_matrix`.
-        output_weights: as in `metric_tt_matrix`.
+        matrix: (out, in), with as many columns as `in_shape` has and at most as many rows as `out_shape`.
+        out_shape: dims of the rows; where their product is larger, the train is free there.
+        in_shape: as many dims of the columns as `out_shape` has of the rows.
+        ranks: of each a cap for every bond, clipped to what is possible at each, or one per bond.
+        second_moment: C, (in, in), or (groups, in, in) where groups of rows see inputs of their own.
+        output_weights: the diagonal of G, (out,), weights of the outputs.
 
     Returns:
         One relative error of the outputs per rank.
 
     Raises:
-        DecompositionError: as in `metric_tt_matrix`.
+        DecompositionError: shapes or a metric that do not fit, NaN or Inf entries, a rank out of range.
 
     Example:
         >>> import torch

@@ -110,17 +110,17 @@ def metric_tucker_errors(
     or a little less.
 
     Args:
-        kernel: as in `metric_tucker`.
+        kernel: (out, in, space…), any float dtype and device.
         ranks: pairs, in any order.
-        second_moment: as in `metric_tucker`.
-        output_weights: as in `metric_tucker`.
+        second_moment: C, over (in, space…) in this order.
+        output_weights: the diagonal of G, (out,), weights of the outputs.
         dtype: to compute in.
 
     Returns:
         One relative error of the outputs per pair.
 
     Raises:
-        DecompositionError: as in `metric_tucker`.
+        DecompositionError: ranks out of range, a metric that does not fit, NaN or Inf entries.
 
     Example:
         >>> import torch

@@ -183,7 +183,7 @@ class TiedHead(nn.Module):
     """The output layer tied to an embedding of two stages: `x @ embedding.weight.T + bias`, without building the table.
 
     It shares the modules of the embedding, so training either one trains both. The embedding is a
-    `LowRankEmbedding`, or a layer of another class of `tied_methods`. `bias`: as in `LowRankEmbedding.tied_head`.
+    `LowRankEmbedding`, or a layer of another class of `tied_methods`. `bias`: see `LowRankEmbedding.tied_head`.
 
     Example:
         >>> embedding = LowRankEmbedding(100, 16, rank=4)

@@ -131,7 +131,7 @@ def _candidates(work: Work, quantities: Sequence[str]) -> Candidates:
         executor=work.executor,
         blocks=work.blocks,
     )
-    found = replace(found, whole=replace(found.whole, planning=planning.named()))
+    found = replace(found, whole=replace(found.whole, planning=planning))
     if not calibrated or data.loader is None:
         return found
     limit = TRIED if planning.batches is None else min(TRIED, planning.batches)

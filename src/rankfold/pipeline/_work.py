@@ -108,6 +108,11 @@ def work_for_plan(model: nn.Module, data: Data, stats: Stats | None, executor: E
         )
     chosen = [name for name, choice in plan.layers.items() if is_block(choice)]
     solved: Blocks = planning.blocks if isinstance(planning.blocks, Mapping) else {}
+    if chosen and not solved and "blocks" in planning.missing and planning.init != "random":
+        raise PlanError(
+            f"block {chosen[0]!r} was planned with layers that you had found for it, which JSON does not hold: pass "
+            "planning=dataclasses.replace(plan.planning, blocks=…, missing=()) with those layers"
+        )
     if chosen and not solved and planning.init != "random":
         solved = _solved(model, chosen, data)
     if stats is None:

@@ -106,7 +106,7 @@ def candidates(
     found = {job.name: _weighed(job, choices, request) for job, choices in zip(jobs, proposed, strict=True)}
     seconds = stats.times.whole if stats and stats.times else None
     amounts = Amounts(count_params(model), stats.macs if stats else None, count_bytes(model), seconds)
-    whole = Plan(dense, planning=planning.named(), dense=amounts, metric=metric, objective=objective)
+    whole = Plan(dense, planning=planning, dense=amounts, metric=metric, objective=objective)
     contested = contests(model, blocks or {}, dense, stats, (limited, objective))
     return Candidates(found, whole, chosen, tuple(planning.methods), limited, contested)
 

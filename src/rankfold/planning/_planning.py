@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeAlias
 
 from rankfold._common import near, one_of, whole
@@ -96,7 +96,7 @@ class Planning:
     blocks: Sequence[str] | str | Mapping[str, Any] = ()
     recalibrate: bool = True
     batchnorm: bool = True
-    missing: tuple[str, ...] = ()
+    missing: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         for name in ("methods", "include", "exclude", "blocks", "missing"):
@@ -119,19 +119,15 @@ class Planning:
         """Return the planning with the fields that were given in short form; one that is None was not."""
         return replace(self, **{name: value for name, value in short.items() if value is not None})
 
-    def named(self) -> Planning:
-        """Return the planning with the names of its blocks in place of the layers that were found for them."""
-        return replace(self, blocks=tuple(self.blocks)) if isinstance(self.blocks, Mapping) else self
-
     def to_data(self) -> dict[str, Any]:
         """Return the planning as JSON data; `missing` names what that can't hold."""
         data, missing = {}, set(self.missing)
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for one in fields(self):
+            value = getattr(self, one.name)
             if callable(value) or isinstance(value, Mapping):
-                missing.add(field.name)
-                value = list(value) if isinstance(value, Mapping) else field.default
-            data[field.name] = list(value) if isinstance(value, tuple) else value
+                missing.add(one.name)
+                value = list(value) if isinstance(value, Mapping) else one.default
+            data[one.name] = list(value) if isinstance(value, tuple) else value
         return {**data, "missing": sorted(missing)}
 
     @classmethod
@@ -143,7 +139,7 @@ class Planning:
         """
         if not isinstance(data, dict):
             raise PlanError(f"planning of a plan must be an object, got {data!r:.80}")
-        known = {field.name for field in fields(cls)}
+        known = {one.name for one in fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
             raise PlanError(f"the planning has an unknown key {unknown[0]!r}{near(unknown[0], known)}")
@@ -156,12 +152,22 @@ class Planning:
         return cls(**data)
 
 
+class SolvedBlocks(dict[str, Any]):
+    """Layers that were solved for blocks; equal where the names of the blocks are, which is what JSON holds."""
+
+    def __eq__(self, other: object) -> bool:
+        """Tell whether the blocks have the same names in the same order."""
+        return isinstance(other, Mapping | tuple) and tuple(self) == tuple(other)
+
+    __hash__ = None
+
+
 def _several(name: str, value: Any) -> Any:
     """Return one text, or texts in a row, as a tuple; a mapping as it is."""
     if isinstance(value, str):
         return (value,)
     if name == "blocks" and isinstance(value, Mapping):
-        return value
+        return SolvedBlocks(value)
     if not isinstance(value, list | tuple | set | frozenset) or not all(isinstance(one, str) for one in value):
         raise PlanError(f"{name} must be a name or several in a row, got {value!r:.80}")
     return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)

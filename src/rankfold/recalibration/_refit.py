@@ -38,7 +38,7 @@ def refit(layer: nn.Module, solve: Pairs, check: Pairs, damping: float | None, r
         layer: it is not changed.
         solve: pairs to solve on.
         check: other pairs; where there are none, those to solve on.
-        damping: as in `ridge`; None to try several.
+        damping: eps, what is added to the diagonal of C, over its mean; None to try several.
         rows: (groups * out,), weights of the squared errors of the outputs; None for ones.
     """
     whole = solve + check if check.count else solve

@@ -92,7 +92,8 @@ def apply(
         seed: seed for random steps in decompositions and initialisations; by default that of the plan, with which the
             errors are those that it predicts.
         executor: an executor whose workers build layers in parallel; the result is the same.
-        blocks: the candidates that the plan was made with, if it chose a layer for a block; the plan has no values.
+        blocks: the candidates that the plan was made with, if it chose a layer for a block; by default those that the
+            plan still has in memory, since its JSON holds no values.
 
     Raises:
         PlanError: the plan or the statistics don't fit the model, or the statistics lack what the metric needs.
@@ -110,6 +111,8 @@ def apply(
     one_of("init", init, INITS, error=PlanError)
     if blocks and init == "random":
         raise PlanError("blocks= hold values that were found, and init='random' draws others: leave one of them out")
+    if blocks is None and init != "random" and isinstance(how.blocks, Mapping):
+        blocks = how.blocks
     model = with_named_projections(model, plan.layers)
     layers, heads = dict(walk(model)), tied_heads(model)
     check_stats(layers, stats)

@@ -272,9 +272,10 @@ class FlexibleLinear(FlexibleLayer):
         device: where to put the parameters.
         dtype: of the parameters.
         rank: the number of neurons.
-        basis: as in `FlexibleActivation`.
-        size: as in `FlexibleActivation`.
-        element: as in `FlexibleActivation`.
+        basis: "piecewise" (linear between trainable knots), "legendre" or "chebyshev" (polynomials of degree `size`),
+            "spline" (cubic B-splines on `size - 3` equal intervals).
+        size: the number of functions per neuron.
+        element: "relu", "tanh" or "gelu" for one more function, `element(stretch * u + shift)`; "" for none.
 
     Raises:
         RankfoldError: a rank below 1, an unknown basis or element, a size that is too small.
