@@ -1,5 +1,6 @@
 """Does every command do its one job, print what a program can read, and fail in one clear line?"""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 import rankfold
 from rankfold.cli import _commands, app
+from rankfold.cli._options import AFTER, BEFORE, SVD_ALONE, CompressWords, DenseWords, InputWords, TrainWords
 from rankfold.latency import _layers as timings
 from rankfold.pipeline import _latency_check as promises
 from rankfold.planning import Plan, Planning
@@ -462,3 +464,18 @@ def test_version():
 @pytest.mark.parametrize("command", ["demo", "measure", "plan", "compress", "train", "report", "export"])
 def test_every_command_explains_itself(command):
     assert "--help" in done(command, "--help").stdout
+
+
+def test_no_option_is_forgotten_next_to_a_plan():
+    """An option that says how to plan is refused with --plan, or counts for the plan that is there."""
+    same = {field.name for field in dataclasses.fields(InputWords)}
+    of_the_command = {"plan", "out", "report", "force", "as_json"}
+    known = {field.name for field in dataclasses.fields(CompressWords)}
+    assert known == same | of_the_command | {*BEFORE, *AFTER}
+
+
+def test_no_option_of_svd_training_is_forgotten_without_it():
+    same = {field.name for field in dataclasses.fields(DenseWords)}
+    both = {"small", "data", "out", "epochs", "lr", "teacher", "evaluate", "checkpoint", "svd", "device", "seed"}
+    known = {field.name for field in dataclasses.fields(TrainWords)}
+    assert known == same | both | {"force", "as_json"} | {*SVD_ALONE}
