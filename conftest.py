@@ -12,6 +12,7 @@ LONG = (  # what `make quick` leaves out: files of many seconds each
     *("reproducible", "structured_layers", "metric", "recalibration", "search", "odd_models", "cp", "layer_errors"),
     *("svd_training", "autocast", "layers_elsewhere", "transformers", "one_road", "conformity", "store", "scripts"),
     *("layer_initialisation", "svd", "training_elsewhere", "layer_gradients", "layer_times", "training_methods"),
+    *("register", "docs", "coupled", "array_inputs", "bad_input", "block_plans", "flexible_conv", "own_method_guide"),
     *("flexible", "export", "tt_layers", "tt_contraction", "structured_decompositions", "attention", "plots"),
 )
 

@@ -1,5 +1,6 @@
 """Does every command do its one job, print what a program can read, and fail in one clear line?"""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import rankfold
-from rankfold.cli import _commands, app
+from rankfold.cli import _commands, _options, app
 from rankfold.latency import _layers as timings
 from rankfold.pipeline import _latency_check as promises
 from rankfold.planning import Plan, Planning
@@ -462,3 +463,18 @@ def test_version():
 @pytest.mark.parametrize("command", ["demo", "measure", "plan", "compress", "train", "report", "export"])
 def test_every_command_explains_itself(command):
     assert "--help" in done(command, "--help").stdout
+
+
+def test_no_option_is_forgotten_next_to_a_plan():
+    """An option that says how to plan is refused with --plan, or counts for the plan that is there."""
+    same = {field.name for field in dataclasses.fields(_options.InputWords)}
+    of_the_command = {"plan", "out", "report", "force", "as_json"}
+    known = {field.name for field in dataclasses.fields(_options.CompressWords)}
+    assert known == same | of_the_command | {*_options.BEFORE, *_options.AFTER}
+
+
+def test_no_option_of_svd_training_is_forgotten_without_it():
+    same = {field.name for field in dataclasses.fields(_options.DenseWords)}
+    both = {"small", "data", "out", "epochs", "lr", "teacher", "evaluate", "checkpoint", "svd", "device", "seed"}
+    known = {field.name for field in dataclasses.fields(_options.TrainWords)}
+    assert known == same | both | {"force", "as_json"} | {*_options.SVD_ALONE}

@@ -19,7 +19,9 @@ ARGUMENTS = (
     *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"),
     *("groups", "bias", "padding_mode"),
 )
-CONVOLVE: Mapping[int, Callable[..., Tensor]] = {row.axes: row.convolve for row in DENSE_TYPES if row.convolve}
+CONVOLVE: Mapping[int, Callable[..., Tensor]] = {
+    row.axes: row.convolve for row in DENSE_TYPES if row.convolve and row.rows == "patches"
+}
 
 
 class ConvShape(NamedTuple):

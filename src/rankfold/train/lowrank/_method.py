@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,10 @@ class TrainingMethod(ABC):
         layers: these layers by name.
         steps: number of optimiser steps so far.
         epochs: number of epochs so far.
+        in_form: whether it trains a model in SVD form, which `svd_form` makes of a dense one.
     """
+
+    in_form: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, options: Mapping[str, Options]) -> None:
         self.model = model

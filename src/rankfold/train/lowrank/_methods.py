@@ -66,9 +66,9 @@ def training_method(
     """
     one_of("method", name, METHODS)
     places: dict[str, Any] = {"split": split, "include": include, "exclude": exclude}
-    if name == "svd":
-        model, places = svd_form(model, **places)[0], {}
     build: Any = METHODS[name]
+    if build.in_form:
+        model, places = svd_form(model, **places)[0], {}
     try:
         run: TrainingMethod = build(model, **places, **options)
     except TypeError as problem:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,8 @@ class SVDTraining(TrainingMethod):
         (torch.Size([]), 16)
         >>> small, plan = run.prune(budget=rf.Budget(params=0.5))
     """
+
+    in_form: ClassVar[bool] = True
 
     def __init__(
         self,
