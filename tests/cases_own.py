@@ -88,7 +88,7 @@ def _weighted(dense, metric):
         return {}
     second, mean = metric.second[0], metric.mean[0]
     centred = second if getattr(dense, "bias", None) is None else second - torch.outer(mean, mean)
-    return {"second_moment": centred, "output_weights": metric.rows}
+    return {"second_moment": centred, "output_weights": metric.output_weights}
 
 
 class PairLinear(_Pair):

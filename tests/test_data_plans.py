@@ -151,7 +151,7 @@ def by_definition(metric, weight, moments, rank):
     if metric == "asvd":
         scale = moments.second[0].diagonal().sqrt().sqrt()  # (mean |x|)^0.5, the mean taken as a root mean square
         return truncated(weight * scale, rank) / scale
-    scale = moments.rows.sqrt()[:, None]
+    scale = moments.output_weights.sqrt()[:, None]
     return truncated(weight * scale, rank) / scale
 
 
@@ -186,10 +186,10 @@ def test_the_loss_weighs_a_layer_by_its_gradients(objective, power):
     plan = planned("fisher", objective=objective, budget=rf.Budget(params=0.9))
     for name, choice in plan.layers.items():
         layer, moments = MODEL.get_submodule(name), STATS.layers[name].moments
-        metric = STATS.metric(name, rows=True)
+        metric = STATS.metric(name, weighted=True)
         centred = metric.second[0] - torch.outer(metric.mean[0], metric.mean[0])
         weight = layer.weight.detach().double()
-        energy = (weight @ centred * weight).sum(1) @ moments.rows
+        energy = (weight @ centred * weight).sum(1) @ moments.output_weights
         assert choice.damage == pytest.approx(float(energy) ** power * choice.error**2, rel=1e-5)
 
 

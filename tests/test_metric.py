@@ -296,7 +296,7 @@ def test_shared_basis_is_the_best_of_its_size():
 
 
 def broken(metric, **changes):
-    return Metric(**{"second": metric.second, "mean": metric.mean, "rows": metric.rows, **changes})
+    return Metric(**{"second": metric.second, "mean": metric.mean, "output_weights": metric.output_weights, **changes})
 
 
 def indefinite(n):
@@ -308,10 +308,10 @@ def indefinite(n):
 BAD = {
     "second": (lambda m: broken(m, second=m.second[:, 1:, 1:]), "second of the metric"),
     "mean": (lambda m: broken(m, mean=m.mean[:, 1:]), "mean of the metric"),
-    "rows": (lambda m: broken(m, rows=torch.ones(3)), "rows of the metric"),
+    "output weights": (lambda m: broken(m, output_weights=torch.ones(3)), "output_weights of the metric"),
     "nan": (lambda m: broken(m, second=m.second * math.nan), "NaN or Inf"),
     "nan mean": (lambda m: broken(m, mean=m.mean * math.inf), "NaN or Inf"),
-    "negative rows": (lambda m: broken(m, rows=-torch.ones(10)), "mean squares"),
+    "negative weights": (lambda m: broken(m, output_weights=-torch.ones(10)), "mean squares"),
     "skew": (lambda m: broken(m, second=m.second + torch.ones(12, 12).triu(1)), "not symmetric"),
     "large mean": (lambda m: broken(m, mean=m.mean + 10), "larger than its second moment"),
     "indefinite": (lambda m: broken(m, second=indefinite(12), mean=0 * m.mean), "second moment"),

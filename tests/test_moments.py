@@ -424,10 +424,10 @@ def test_rows_are_the_diagonal_fisher_information(frozen):
     stats = rf.measure(model, batches, moments=True, loss=functional.cross_entropy)
     expected = fisher(Residual.requires_grad_(model, True), batches, functional.cross_entropy)
     for name, rows in expected.items():
-        torch.testing.assert_close(stats.layers[name].moments.rows, rows, **CLOSE)
-    assert not stats.layers["unseen"].moments.rows.any()
+        torch.testing.assert_close(stats.layers[name].moments.output_weights, rows, **CLOSE)
+    assert not stats.layers["unseen"].moments.output_weights.any()
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert stats.metric("conv", rows=True).rows is stats.layers["conv"].moments.rows
+    assert stats.metric("conv", weighted=True).output_weights is stats.layers["conv"].moments.output_weights
 
 
 def test_watching_gradients_changes_no_moment():
@@ -437,13 +437,13 @@ def test_watching_gradients_changes_no_moment():
     for name in plain.layers:
         assert torch.equal(plain.layers[name].moments.second, with_loss.layers[name].moments.second), name
     with pytest.raises(DataError, match="loss="):
-        plain.metric("conv", rows=True)
+        plain.metric("conv", weighted=True)
 
 
 def test_labels_of_a_dict_are_the_target():
     batch = {"tokens": TOKENS, "attention_mask": KEEP, "labels": torch.tensor([0, 1, 2, 0])}
     stats = rf.measure(Tokens(), [batch], moments=True, mask="attention_mask", loss=functional.cross_entropy)
-    assert (stats.layers["head"].moments.rows > 0).all()
+    assert (stats.layers["head"].moments.output_weights > 0).all()
 
 
 @pytest.mark.parametrize(

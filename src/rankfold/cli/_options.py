@@ -95,7 +95,7 @@ Metric: TypeAlias = Annotated[
     typer.Option(
         "--metric",
         help="What errors are of: auto (outputs where --data is given, else weights), "
-        f"{', '.join(name for name, grade in METRICS.items() if not grade.rows)}.",
+        f"{', '.join(name for name, grade in METRICS.items() if not grade.gradients)}.",
     ),
 ]
 Objective: TypeAlias = Annotated[

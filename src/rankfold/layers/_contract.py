@@ -59,13 +59,13 @@ class Metric:
             of a convolution, n = in/groups * kernel, in the order of `weight.flatten(1)`; groups is 1 but for grouped
             convolutions.
         mean: (groups, n), float64: the mean of x.
-        rows: (out,), float64, or None: weights of the squared errors of the outputs, such as the mean squared
+        output_weights: (out,), float64, or None: weights of the squared errors of the outputs, such as the mean squared
             gradients of the loss in them.
     """
 
     second: Tensor
     mean: Tensor
-    rows: Tensor | None = None
+    output_weights: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -29,15 +29,15 @@ class GroupMetric:
 
     Attributes:
         moment: (n, n), float64.
-        rows: (out,), float64, or None: weights of the outputs.
+        output_weights: (out,), float64, or None: weights of the outputs.
     """
 
     moment: Tensor
-    rows: Tensor | None
+    output_weights: Tensor | None
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of a decomposition."""
-        return {"second_moment": self.moment, "output_weights": self.rows}
+        return {"second_moment": self.moment, "output_weights": self.output_weights}
 
     def for_curves(self) -> dict[str, Any]:
         """Return the keyword arguments of a curve of errors: of large kernels in float32, which is twice as fast."""
@@ -46,7 +46,7 @@ class GroupMetric:
     def energy(self, matrix: Tensor) -> float:
         """Return the squared norm of a matrix (out, n) in the metric."""
         energies = ((matrix @ self.moment) * matrix).sum(1)
-        return float((energies if self.rows is None else energies * self.rows).sum())
+        return float((energies if self.output_weights is None else energies * self.output_weights).sum())
 
 
 def group_metrics(owner: type[nn.Module], dense: Any, metric: Metric | None) -> tuple[GroupMetric | None, ...]:
@@ -74,19 +74,19 @@ def group_metrics(owner: type[nn.Module], dense: Any, metric: Metric | None) -> 
         if float(second.diagonal(dim1=1, dim2=2).min()) < floor:
             raise LayerError(f"{owner.__name__}: the mean of the metric is larger than its second moment allows")
         second.diagonal(dim1=1, dim2=2).clamp_min_(0)
-    rows = None if metric.rows is None else metric.rows.detach().to(second).reshape(groups, -1)
+    weights = None if metric.output_weights is None else metric.output_weights.detach().to(second).reshape(groups, -1)
     living = second.diagonal(dim1=1, dim2=2).sum(1) > NOTHING * sizes
-    return tuple(_group(second[g], None if rows is None else rows[g], bool(living[g])) for g in range(groups))
+    return tuple(_group(second[g], None if weights is None else weights[g], bool(living[g])) for g in range(groups))
 
 
-def _group(moment: Tensor, rows: Tensor | None, living: bool) -> GroupMetric | None:
+def _group(moment: Tensor, weights: Tensor | None, living: bool) -> GroupMetric | None:
     """Return the metric of a group, None where its inputs are constants or all its weights zero."""
-    return GroupMetric(moment, rows) if living and (rows is None or bool(rows.any())) else None
+    return GroupMetric(moment, weights) if living and (weights is None or bool(weights.any())) else None
 
 
 def _check(owner: type[nn.Module], shape: Sequence[int], metric: Metric, kind: str) -> None:
     groups, out, n = shape
-    wanted = {"second": (groups, n, n), "mean": (groups, n), "rows": (groups * out,)}
+    wanted = {"second": (groups, n, n), "mean": (groups, n), "output_weights": (groups * out,)}
     for name, size in wanted.items():
         values = getattr(metric, name)
         if values is None:
@@ -101,9 +101,10 @@ def _check(owner: type[nn.Module], shape: Sequence[int], metric: Metric, kind: s
     largest = float(metric.second.abs().max())
     if float((metric.second - metric.second.mT).abs().max()) > ASYMMETRY * largest:
         raise LayerError(f"{owner.__name__}: second of the metric is not symmetric: it is the mean of x x^T")
-    if metric.rows is not None and float(metric.rows.min()) < 0:
+    if metric.output_weights is not None and float(metric.output_weights.min()) < 0:
         raise LayerError(
-            f"{owner.__name__}: rows of the metric are mean squares; one is {float(metric.rows.min()):.3g}"
+            f"{owner.__name__}: output_weights of the metric must be mean squares, got one of "
+            f"{float(metric.output_weights.min()):.3g}"
         )
 
 

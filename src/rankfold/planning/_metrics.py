@@ -27,11 +27,11 @@ class Grade:
 
     Attributes:
         of: from the measured metric of a layer, with or without weights of its outputs, to this one; None on weights.
-        rows: whether the gradients of a loss in the outputs are needed.
+        gradients: whether the gradients of a loss in the outputs are needed.
     """
 
     of: Callable[[Metric], Metric] | None
-    rows: bool = False
+    gradients: bool = False
 
 
 def _outputs(metric: Metric) -> Metric:
@@ -56,15 +56,15 @@ def _fwsvd(metric: Metric) -> Metric:
     With dL/dW_ij = g_i x_j that sum is E[g_i^2 |x|^2], taken as E[g_i^2] E[|x|^2], whose second factor all rows share.
     """
     unit = torch.eye(metric.mean.shape[-1], dtype=metric.second.dtype, device=metric.second.device)
-    return Metric(unit.expand_as(metric.second).contiguous(), torch.zeros_like(metric.mean), metric.rows)
+    return Metric(unit.expand_as(metric.second).contiguous(), torch.zeros_like(metric.mean), metric.output_weights)
 
 
 METRICS: Mapping[str, Grade] = MappingProxyType(
     {
         WEIGHTS: Grade(None),
         "outputs": Grade(_outputs),
-        "fisher": Grade(_outputs, rows=True),
-        "fwsvd": Grade(_fwsvd, rows=True),
+        "fisher": Grade(_outputs, gradients=True),
+        "fwsvd": Grade(_fwsvd, gradients=True),
         "asvd": Grade(_asvd),
         "whitening": Grade(_whitening),
     }
@@ -82,7 +82,7 @@ def metric_name(name: Any, stats: Stats | None) -> str:
     one_of("metric", name, (AUTO, *METRICS), error=PlanError)
     if METRICS[name].of is not None and (stats is None or not _has_moments(stats)):
         raise PlanError(f"metric {name!r} needs the inputs of the layers: pass stats={_call(METRICS[name])}")
-    if METRICS[name].rows and stats is not None and not _has_rows(stats):
+    if METRICS[name].gradients and stats is not None and not _has_gradients(stats):
         raise PlanError(f"metric {name!r} needs gradients of a loss: pass stats={_call(METRICS[name])}")
     return str(name)
 
@@ -92,8 +92,8 @@ def layer_metric(metric: str, stats: Stats | None, name: str) -> Metric | None:
     grade = METRICS[metric]
     if grade.of is None or stats is None:
         return None
-    seen = stats.metric(name, rows=True) if grade.rows else stats.metric(name)
-    return None if seen is None or (grade.rows and seen.rows is None) else grade.of(seen)
+    seen = stats.metric(name, weighted=True) if grade.gradients else stats.metric(name)
+    return None if seen is None or (grade.gradients and seen.output_weights is None) else grade.of(seen)
 
 
 def signal(name: str, layer: Any, metric: Metric | None, calls: Sequence[Call] | None, batch_size: int) -> float:
@@ -104,7 +104,7 @@ def signal(name: str, layer: Any, metric: Metric | None, calls: Sequence[Call] |
     Raises:
         PlanError: nothing is known of the gradients in this layer's outputs.
     """
-    if metric is None or metric.rows is None or not calls:
+    if metric is None or metric.output_weights is None or not calls:
         raise PlanError(
             f"layer {name!r}: the statistics hold no gradients in its outputs, and its errors can't be weighed against "
             f"those of others in the loss: leave it out with exclude=({name!r},), or choose another objective"
@@ -115,7 +115,7 @@ def signal(name: str, layer: Any, metric: Metric | None, calls: Sequence[Call] |
     matrix = layer.weight.detach().to(second).flatten(1).unflatten(0, (len(second), -1))  # groups, out, n
     squares = torch.einsum("gon,gnm,gom->go", matrix, second, matrix).flatten()
     positions = sum(math.prod(call.output) for call in calls) / len(squares) / batch_size
-    return positions * float(squares.clamp_min(0) @ metric.rows)
+    return positions * float(squares.clamp_min(0) @ metric.output_weights)
 
 
 def check_stats(layers: Mapping[str, nn.Module], stats: Stats | None) -> None:
@@ -137,9 +137,10 @@ def _has_moments(stats: Stats) -> bool:
     return any(layer.moments is not None for layer in stats.layers.values())
 
 
-def _has_rows(stats: Stats) -> bool:
-    return any(layer.moments is not None and layer.moments.rows is not None for layer in stats.layers.values())
+def _has_gradients(stats: Stats) -> bool:
+    known = (layer.moments for layer in stats.layers.values() if layer.moments is not None)
+    return any(moments.output_weights is not None for moments in known)
 
 
 def _call(grade: Grade) -> str:
-    return f"measure(model, loader, moments=True{', loss=…' if grade.rows else ''})"
+    return f"measure(model, loader, moments=True{', loss=…' if grade.gradients else ''})"

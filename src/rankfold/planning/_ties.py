@@ -113,7 +113,7 @@ def _tied_metric(metric: Metric | None, head: Any) -> Metric | None:
     if head.bias is not None:
         second = second - metric.mean.unsqueeze(2) * metric.mean.unsqueeze(1)
     squares = head.weight.detach().float() if head.weight.dtype.itemsize < 4 else head.weight.detach()
-    weighed = squares if metric.rows is None else squares * metric.rows.to(squares).unsqueeze(1)
+    weighed = squares if metric.output_weights is None else squares * metric.output_weights.to(squares).unsqueeze(1)
     gram = (weighed.mT @ squares).to(second)
     whole = float(gram.trace())
     outputs = max(float((second[0] * gram).sum()), 0.0)

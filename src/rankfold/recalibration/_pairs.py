@@ -54,15 +54,15 @@ class Pairs:
         both = zip(vars(self).values(), vars(other).values(), strict=True)
         return Pairs(*(one + another for one, another in both))
 
-    def loss(self, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> float:
+    def loss(self, weight: Tensor, bias: Tensor | None, output_weights: Tensor | None = None) -> float:
         """Return the mean squared error of the outputs of a weight (groups, out, n) and a bias (groups, out).
 
-        `rows` (groups, out) are weights of the outputs.
+        `output_weights` is (groups, out): weights of the outputs.
         """
         squares = self.yy - 2 * (weight * self.yx).sum(2) + ((weight @ self.xx) * weight).sum(2)
         if bias is not None:
             squares = squares + bias * (self.count * bias + 2 * (weight @ self.x[..., None])[..., 0] - 2 * self.y)
-        total = squares.sum() if rows is None else (squares * rows).sum()
+        total = squares.sum() if output_weights is None else (squares * output_weights).sum()
         return max(float(total), 0.0) / max(self.count, 1)
 
     def bias(self, weight: Tensor) -> Tensor:

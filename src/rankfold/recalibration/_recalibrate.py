@@ -158,8 +158,8 @@ def recalibrate(  # noqa: PLR0913 (twelve at most)
     model = with_named_projections(model, dict(walk(small)).keys())
     settings = {"patches": patches, "mask": mask, "seed": seed}
     order, left_out = _order(result, model, data[0], settings, how.include_dense, memory)
-    rows = {name: _weights(stats, name) for name in order}
-    done = _Run(result, Calibration(model, data, order, settings, memory), how.damping, rows)
+    weights = {name: _weights(stats, name) for name in order}
+    done = _Run(result, Calibration(model, data, order, settings, memory), how.damping, weights)
     size = max(1, len(order)) if how.per_pass is None else how.per_pass
     for start in track(range(0, len(order), size), "Recalibrating"):
         done.solve(order[start : start + size])
@@ -177,9 +177,9 @@ class _Run:
         small: nn.Module,
         calibration: Calibration,
         damping: float | None,
-        rows: Mapping[str, Tensor | None],
+        weights: Mapping[str, Tensor | None],
     ) -> None:
-        self.rows = rows
+        self.weights = weights
         self.small, self.calibration, self.damping = small, calibration, damping
         self.groups: list[list[Refit]] = []
         self.errors: list[float] = []
@@ -198,10 +198,10 @@ class _Run:
             solve, check = pairs.pop(name)
             if not solve.count:
                 raise DataError(f"layer {name!r} gets no rows: mask= leaves nothing of the data")
-            rows = self.rows[name]
-            found = refit(layer, solve, check, self.damping, rows)
+            weights = self.weights[name]
+            found = refit(layer, solve, check, self.damping, weights)
             squares = (solve.yy + check.yy).flatten()
-            whole = float((squares if rows is None else squares * rows.to(squares)).sum())
+            whole = float((squares if weights is None else squares * weights.to(squares)).sum())
             whole = whole / (solve.count + check.count) or 1.0
             before, after = (math.sqrt(loss / whole) for loss in (found.before, found.after))
             self.groups[-1].append(Refit(name, before, after, found.damping, found.state is not None))
@@ -227,10 +227,10 @@ class _Run:
 
 def _weights(stats: Stats | None, name: str) -> Tensor | None:
     """Return the mean squared gradients in the outputs of a layer, of mean one; none is less than `LEAST_WEIGHT`."""
-    metric = None if stats is None else stats.metric(name, rows=True)
-    if metric is None or metric.rows is None or not bool(metric.rows.any()):
+    metric = None if stats is None else stats.metric(name, weighted=True)
+    if metric is None or metric.output_weights is None or not bool(metric.output_weights.any()):
         return None
-    return (metric.rows / metric.rows.mean()).clamp_min(LEAST_WEIGHT)
+    return (metric.output_weights / metric.output_weights.mean()).clamp_min(LEAST_WEIGHT)
 
 
 def _read(loader: Iterable[Any], batches: int | None) -> list[Any]:

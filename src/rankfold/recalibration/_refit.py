@@ -29,7 +29,9 @@ class Outcome(NamedTuple):
     state: Mapping[str, Tensor] | None
 
 
-def refit(layer: nn.Module, solve: Pairs, check: Pairs, damping: float | None, rows: Tensor | None = None) -> Outcome:
+def refit(
+    layer: nn.Module, solve: Pairs, check: Pairs, damping: float | None, output_weights: Tensor | None = None
+) -> Outcome:
     """Return new factors for a layer, linear or convolutional, factorised or not.
 
     Damping and acceptance are decided on the pairs to check; the factors are then solved for on all of them.
@@ -39,28 +41,28 @@ def refit(layer: nn.Module, solve: Pairs, check: Pairs, damping: float | None, r
         solve: pairs to solve on.
         check: other pairs; where there are none, those to solve on.
         damping: eps, what is added to the diagonal of C, over its mean; None to try several.
-        rows: (groups * out,), weights of the squared errors of the outputs; None for ones.
+        output_weights: (groups * out,), weights of the squared errors of the outputs; None for ones.
     """
     whole = solve + check if check.count else solve
     check = check if check.count else solve
     old, bias = values(layer, solve)
     centred = bias is not None
-    rows = None if rows is None else rows.to(whole.yy).reshape(whole.yy.shape)
+    output_weights = None if output_weights is None else output_weights.to(whole.yy).reshape(whole.yy.shape)
 
     def target(pairs: Pairs, damping: float) -> Target:
-        return ridge(pairs, old, damping, centred=centred, rows=rows)
+        return ridge(pairs, old, damping, centred=centred, output_weights=output_weights)
 
     def loss(pairs: Pairs, found: nn.Module) -> float:
-        return pairs.loss(*values(found, pairs), rows)
+        return pairs.loss(*values(found, pairs), output_weights)
 
     def dense_loss(damping: float) -> float:
         weight = target(solve, damping).weight
-        return check.loss(weight, solve.bias(weight) if centred else None, rows)
+        return check.loss(weight, solve.bias(weight) if centred else None, output_weights)
 
     chosen = min(DAMPINGS, key=dense_loss) if damping is None else damping
-    before = whole.loss(old, bias, rows)
+    before = whole.loss(old, bias, output_weights)
     trial = _fitted(layer, target(solve, chosen), solve)
-    if not loss(check, trial) < check.loss(old, bias, rows):
+    if not loss(check, trial) < check.loss(old, bias, output_weights):
         return Outcome(before, before, chosen, None)
     final = _fitted(trial, target(whole, chosen), whole)
     after = loss(whole, final)

@@ -30,15 +30,17 @@ class Target:
     Attributes:
         weight: T, (groups, out, n).
         metric: C, (groups, n, n).
-        rows: the diagonal of R, (groups, out): weights of the outputs; None for ones.
+        output_weights: the diagonal of R, (groups, out): weights of the outputs; None for ones.
     """
 
     weight: Tensor
     metric: Tensor
-    rows: Tensor | None = None
+    output_weights: Tensor | None = None
 
 
-def ridge(pairs: Pairs, weight: Tensor, damping: float, *, centred: bool, rows: Tensor | None = None) -> Target:
+def ridge(
+    pairs: Pairs, weight: Tensor, damping: float, *, centred: bool, output_weights: Tensor | None = None
+) -> Target:
     """Return `T = W + (E[y x^T] - W C)(C + eps I)^-1` with C = E[x x^T] and eps = damping * its mean diagonal.
 
     T minimises `E||y - T x||^2 + eps ||T - W||^2`: it is drawn towards the weight W of the layer, not towards zero.
@@ -48,7 +50,7 @@ def ridge(pairs: Pairs, weight: Tensor, damping: float, *, centred: bool, rows: 
         weight: W, (groups, out, n).
         damping: more is added where C + eps I is not positive definite to rounding.
         centred: whether a bias takes up the means.
-        rows: weights of the outputs, which T does not depend on.
+        output_weights: weights of the outputs, which T does not depend on.
     """
     metric, cross = pairs.means(centred=centred)
     metric = (metric + metric.mT) / 2  # products of single precision are not quite symmetric
@@ -61,7 +63,7 @@ def ridge(pairs: Pairs, weight: Tensor, damping: float, *, centred: bool, rows: 
         diagonal.add_(damping * unit)
         damping *= 10
         factor, failed = torch.linalg.cholesky_ex(metric)
-    return Target(weight + torch.cholesky_solve(cross.mT, factor).mT, metric, rows)
+    return Target(weight + torch.cholesky_solve(cross.mT, factor).mT, metric, output_weights)
 
 
 def projected(target: Target, rank: int) -> Tensor:
@@ -69,8 +71,8 @@ def projected(target: Target, rank: int) -> Tensor:
 
     It is `U U^T T` with the leading eigenvectors U of `T C T^T`: reduced-rank regression.
     """
-    rows = [None] * len(target.weight) if target.rows is None else target.rows
-    groups = zip(target.weight, target.metric, rows, strict=True)
+    weights = [None] * len(target.weight) if target.output_weights is None else target.output_weights
+    groups = zip(target.weight, target.metric, weights, strict=True)
     return torch.stack([svd(weight, rank, second_moment=c, output_weights=r).to_dense() for weight, c, r in groups])
 
 
@@ -93,7 +95,7 @@ def _descend(twin: Any, factor: nn.Parameter, target: Target) -> None:
     def gradient() -> Tensor:
         with torch.enable_grad():
             distance = twin.weight.reshape(target.weight.shape) - target.weight
-            weighed = distance if target.rows is None else distance * target.rows[..., None]
+            weighed = distance if target.output_weights is None else distance * target.output_weights[..., None]
             loss = 0.5 * ((distance @ target.metric) * weighed).sum()
             (found,) = torch.autograd.grad(loss, factor)
         return found

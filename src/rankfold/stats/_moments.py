@@ -31,7 +31,8 @@ class Moments:
         second: (groups, n, n), float64: mean of `x x^T`, not centred.
         mean: (groups, n), float64: mean of x.
         output_second: (out,), float64: mean square of each output at the same positions, bias included.
-        rows: (out,), float64: mean squared gradient of the loss of one sample in each output, over all positions; None
+        output_weights: (out,), float64: mean squared gradient of the loss of one sample in each output, over all
+            positions; None
             without a loss.
     """
 
@@ -39,24 +40,24 @@ class Moments:
     second: Tensor = field(repr=False)
     mean: Tensor = field(repr=False)
     output_second: Tensor = field(repr=False)
-    rows: Tensor | None = field(default=None, repr=False)
+    output_weights: Tensor | None = field(default=None, repr=False)
 
-    def metric(self, *, rows: bool = False) -> Metric | None:
+    def metric(self, *, weighted: bool = False) -> Metric | None:
         """Return the metric of these inputs; None if they are too few for a covariance.
 
         Args:
-            rows: whether to weight the errors of the outputs by the gradients of the loss.
+            weighted: whether to weight the errors of the outputs by the gradients of the loss.
 
         Raises:
             DataError: there are no gradients.
         """
-        if rows and self.rows is None:
+        if weighted and self.output_weights is None:
             raise DataError("there are no gradients to weight outputs by: give measure(…, loss=) a loss")
         if self.count < LEAST:
             return None
         mean = self.mean[:, :, None]
         covariance = shrunk(torch.baddbmm(self.second, mean, mean.mT, alpha=-1), self.count)
-        return Metric(torch.baddbmm(covariance, mean, mean.mT), self.mean, self.rows if rows else None)
+        return Metric(torch.baddbmm(covariance, mean, mean.mT), self.mean, self.output_weights if weighted else None)
 
 
 def shrunk(covariance: Tensor, count: int) -> Tensor:
@@ -191,7 +192,8 @@ def bytes_of(layer: nn.Module) -> int | None:
     return None if size is None else 8 * size[0] * size[1] ** 2
 
 
-PARTS = ("second", "mean", "output_second", "rows")
+WEIGHTS = "rows"  # what the file calls the weights of the outputs
+PARTS = {"second": "second", "mean": "mean", "output_second": "output_second", WEIGHTS: "output_weights"}
 HEADER = "rankfold_moments"
 
 
@@ -204,8 +206,8 @@ def write_moments(path: str | os.PathLike[str], moments: Mapping[str, Moments], 
     tensors = {
         f"{name}.{part}": tensor
         for name, layer in moments.items()
-        for part in PARTS
-        if (tensor := getattr(layer, part)) is not None
+        for part, field_name in PARTS.items()
+        if (tensor := getattr(layer, field_name)) is not None
     }
     counts = json.dumps({name: layer.count for name, layer in moments.items()})
     write_tensors(path, tensors, {HEADER: counts, **texts})
@@ -228,7 +230,7 @@ def read_moments(path: str | os.PathLike[str]) -> tuple[dict[str, Moments], dict
         reason = _damage(parts)
         if reason:
             raise StoreError(f"{os.fspath(path)}: the moments of layer {name!r} are damaged: {reason}")
-        moments[name] = Moments(count, **parts)
+        moments[name] = Moments(count, **{PARTS[part]: tensor for part, tensor in parts.items()})
     if tensors:
         raise StoreError(f"{os.fspath(path)} holds a tensor {sorted(tensors)[0]!r} that belongs to no layer's moments")
     return moments, texts
@@ -236,7 +238,7 @@ def read_moments(path: str | os.PathLike[str]) -> tuple[dict[str, Moments], dict
 
 def _damage(parts: Mapping[str, Tensor]) -> str | None:
     """Return what is wrong with the tensors of one layer."""
-    missing = [part for part in PARTS if part not in parts and part != "rows"]
+    missing = [part for part in PARTS if part not in parts and part != WEIGHTS]
     if missing:
         return f"{missing[0]} is missing"
     wrong = [part for part, t in parts.items() if t.dtype != torch.float64 or not torch.isfinite(t).all()]
@@ -244,6 +246,6 @@ def _damage(parts: Mapping[str, Tensor]) -> str | None:
         return f"{wrong[0]} is not made of finite float64 numbers"
     second, mean, outputs = parts["second"], parts["mean"], parts["output_second"]
     fits = mean.dim() == 2 and second.shape == (*mean.shape, mean.shape[1]) and outputs.dim() == 1
-    if not fits or parts.get("rows", outputs).shape != outputs.shape:
+    if not fits or parts.get(WEIGHTS, outputs).shape != outputs.shape:
         return f"the shapes {', '.join(str(tuple(t.shape)) for t in parts.values())} do not fit each other"
     return None if torch.equal(second, second.mT) else "second is not symmetric"

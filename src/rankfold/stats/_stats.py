@@ -79,14 +79,14 @@ class Stats:
             lines += [f"no time of {name or '(model)'}: {reason}" for name, reason in self.times.left_out.items()]
         return lines
 
-    def metric(self, name: str, *, rows: bool = False) -> Metric | None:
+    def metric(self, name: str, *, weighted: bool = False) -> Metric | None:
         """Return the metric of a layer's inputs; None if it has no moments or had too few inputs.
 
         The covariance of few inputs is shrunk towards its diagonal.
 
         Args:
             name: name of the layer.
-            rows: whether to weight its outputs by the mean squared gradients of the loss that `measure` was given.
+            weighted: whether to weight its outputs by the mean squared gradients of the loss that `measure` was given.
 
         Raises:
             PlanError: there is no such layer.
@@ -95,7 +95,7 @@ class Stats:
         if name not in self.layers:
             raise PlanError(f"the statistics have no layer {name!r}: measure the model that has it")
         moments = self.layers[name].moments
-        return None if moments is None else moments.metric(rows=rows)
+        return None if moments is None else moments.metric(weighted=weighted)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the statistics with their moments to one safetensors file, atomically.

@@ -111,7 +111,7 @@ def _reordered(kernel: Tensor, metric: GroupMetric, separable: bool) -> dict[str
     """Return the metric in the order of the axes of `_tensor`, as arguments of a decomposition."""
     indices = torch.arange(len(metric.moment), device=metric.moment.device).reshape(1, *kernel.shape[1:])
     order = _tensor(indices, separable).flatten()
-    return {"second_moment": metric.moment[order][:, order], "output_weights": metric.rows}
+    return {"second_moment": metric.moment[order][:, order], "output_weights": metric.output_weights}
 
 
 def _errors(

@@ -65,7 +65,7 @@ def _factorise(
         left = left.reshape(kernel.shape[0], -1, rank)
     else:
         ordered, moment = _in_order(kernel, metric.moment, first, second)
-        found = separable(ordered, rank, second_moment=moment, output_weights=metric.rows)
+        found = separable(ordered, rank, second_moment=moment, output_weights=metric.output_weights)
         left, right = found.left, found.right
     columns = [kernel.shape[a + 2] if a in first else 1 for a in range(kernel.ndim - 2)]
     rows = [kernel.shape[a + 2] if a in second else 1 for a in range(kernel.ndim - 2)]

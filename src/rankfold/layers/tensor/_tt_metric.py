@@ -46,7 +46,7 @@ def _arguments(form: TTForm, matrix: Tensor, groups: Sequence[GroupMetric | None
             cube = group.moment.to(moment).reshape(form.in_size, lead, form.in_size, lead)
             moment[:, : form.in_size, :, : form.in_size] = cube.permute(1, 0, 3, 2)
     head: tuple[tuple[int, ...], ...] = ((1,), (form.lead,)) if form.lead else ((), ())
-    weights = None if metric.rows is None else metric.rows.detach().to(matrix)
+    weights = None if metric.output_weights is None else metric.output_weights.detach().to(matrix)
     return {
         "matrix": wide.flatten(1),
         "out_shape": (*head[0], *form.out_shape),
