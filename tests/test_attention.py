@@ -390,3 +390,19 @@ def test_it_compiles(make):
     model = rf.separate_attention(MODELS[make]()).eval()
     compiled = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(compiled(X), model(X), rtol=1e-4, atol=1e-4)
+
+
+def test_a_report_takes_the_model_whose_attention_the_plan_separated():
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.MultiheadAttention(32, 4, batch_first=True)
+
+        def forward(self, x):
+            return self.inner(x, x, x)[0]
+
+    model, x = Whole().eval(), torch.randn(2, 5, 32)
+    plan = rf.Plan({"inner.q_proj": rf.Choice("svd", rank=4)})
+    small = rf.apply(model, plan)
+    found = rf.report(model, small, plan, example=x, latency=False)
+    assert [layer.params for layer in found.layers] == [(32 * 32 + 32, 4 * 64 + 32)]

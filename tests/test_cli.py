@@ -479,3 +479,19 @@ def test_no_option_of_svd_training_is_forgotten_without_it():
     both = {"small", "data", "out", "epochs", "lr", "teacher", "evaluate", "checkpoint", "svd", "device", "seed"}
     known = {field.name for field in dataclasses.fields(TrainWords)}
     assert known == same | both | {"force", "as_json"} | {*SVD_ALONE}
+
+
+def test_two_outputs_in_one_file_are_refused():
+    words = ("compress", "shop:model", *SIZES, "--params", "0.5", "--out", "one.safetensors")
+    assert "two outputs" in fails(*words, "--report", "one.safetensors")
+    assert not Path("one.safetensors").exists()
+
+
+def test_the_file_says_how_the_model_in_it_was_made(shop):
+    done("plan", "shop:model", "--params", "0.5", "--data", "shop:data", "--out", "plan.json")
+    words = ("compress", "shop:model", "--data", "shop:data", "--plan", "plan.json", "--no-recalibrate", "--seed", "7")
+    done(*words, "--out", "small.safetensors")
+    made = read_plan("small.safetensors")
+    assert (made.planning.recalibrate, made.planning.seed) == (False, 7)
+    again, _ = rankfold.compress(shop.model(), shop.data(), plan=made)
+    torch.testing.assert_close(again.state_dict(), load("small.safetensors", shop.model()).state_dict(), rtol=0, atol=0)

@@ -259,3 +259,14 @@ def test_what_a_layer_is_still_counts(name):
     assert plan.layers[name].method == "dense"
     assert plan.layers[name].reason
     assert plan.layers["other"].method == "svd"
+
+
+def test_a_model_on_meta_is_compressed_as_it_is_planned():
+    with torch.device("meta"):
+        hollow = mlp(64, 64, 64)
+    planning = rf.Planning(rule="uniform", methods="svd")
+    example = torch.ones(1, 64)
+    small, plan = rf.compress(hollow, example=example, budget=rf.Budget(params=0.5), planning=planning)
+    assert plan.planning.init == "random" and all(parameter.is_meta for parameter in small.parameters())
+    assert plan == rf.plan(hollow, example=example, budget=rf.Budget(params=0.5), planning=planning)
+    assert rf.compress(hollow, example=example, plan=plan)[1] == plan

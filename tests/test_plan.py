@@ -4,7 +4,9 @@ import itertools
 import json
 import math
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from cases_models import Attention, CalledTwice, TiedThrice, WithDict, convnet, encoder, mlp, params, told
@@ -462,3 +464,120 @@ def test_the_error_of_a_plan():
     plan = rf.Plan({"a": rf.Choice("svd", rank=1, error=0.6), "b": rf.Choice("dense")})
     assert plan.error == pytest.approx(math.sqrt(0.36 / 2))
     assert rf.Plan({"a": rf.Choice("svd", rank=1)}).error is None
+
+
+# --- what was edited, and what belongs to whom
+
+
+def edited(plan, change):
+    data = json.loads(plan.to_json())
+    change(data)
+    return rf.Plan.from_json(json.dumps(data))
+
+
+def first_changed(plan):
+    return next(name for name, choice in plan.layers.items() if choice.method != "dense")
+
+
+def test_no_error_of_another_rank_stays_with_an_edited_choice():
+    plan = planned()
+    name = first_changed(plan)
+    other = replace(plan[name], rank=1 if isinstance(plan[name].rank, int) else (1,) * len(plan[name].rank))
+    for made in (
+        plan.with_choice(name, other),
+        edited(plan, lambda data: data["layers"][name].update(rank=other.rank)),
+    ):
+        assert (made[name].error, made[name].params, made.error, made.params) == (None,) * 4
+        assert made[name].dense == plan[name].dense
+        small, counted = rf.compress(CONVNET, stats=STATS, plan=made)
+        assert counted.params == params(small) and counted[name].error is None
+        assert counted.macs == rf.measure(small, example=IMAGES).macs
+
+
+def test_rows_that_were_swapped_are_of_nothing():
+    plan = planned(methods="svd")
+    one, two = list(plan.layers)[:2]
+
+    def swap(data):
+        data["layers"][one], data["layers"][two] = data["layers"][two], data["layers"][one]
+
+    made = edited(plan, swap)
+    assert made[one].error is made[two].error is made.params is None
+    assert made[one].dense == made[two].dense == rf.planning.Amounts()
+
+
+@pytest.mark.parametrize("change", [{"metric": "outputs"}, {"objective": "energy"}])
+def test_an_error_is_of_the_metric_that_it_was_measured_in(change):
+    plan = planned()
+    made = edited(plan, lambda data: data.update(change))
+    assert all(choice.error is None for choice in made.layers.values() if choice.method != "dense")
+
+
+def test_the_plan_that_comes_back_says_how_the_model_was_made():
+    batches = [IMAGES]
+    plan = rf.plan(CONVNET, batches, budget=rf.Budget(params=0.5))
+    other = rf.Planning(recalibrate=False, seed=7)
+    small, made = rf.compress(CONVNET, batches, plan=plan, planning=other)
+    assert (made.planning.recalibrate, made.planning.seed, made.planning.methods) == (False, 7, plan.planning.methods)
+    again, same = rf.compress(CONVNET, batches, plan=made)
+    assert same == made
+    torch.testing.assert_close(again.state_dict(), small.state_dict(), rtol=0, atol=0)
+
+
+def test_statistics_of_another_model_are_refused_next_to_a_plan():
+    plan, other = planned(), mlp(8, 8)
+    stats = rf.measure(other, example=torch.ones(1, 8))
+    for call in (lambda: plan.checked(CONVNET, stats), lambda: rf.compress(CONVNET, stats=stats, plan=plan)):
+        with pytest.raises(PlanError, match="another model"):
+            call()
+
+
+def test_counting_refuses_what_building_refuses():
+    model = nn.ModuleList([nn.Linear(64, 64) for _ in range(3)])
+    for layer in model:
+        layer.weight = model[0].weight
+    plan = rf.Plan({str(k): rf.Choice("svd", rank=1) for k in range(3)})
+    with pytest.raises(PlanError, match="tied"):
+        plan.checked(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"budget": 0.5}, r"rankfold.Budget\("),
+        ({"plan": "plan.json"}, "from_json"),
+        ({"planning": "svd"}, r"rankfold.Planning\("),
+        ({"budget": rf.Budget(params=0.5), "planning": rf.Planning(rule=lambda *_: None)}, "a mapping"),
+        (
+            {
+                "budget": rf.Budget(params=0.5),
+                "planning": rf.Planning(rule=lambda some, _: {name: rf.Choice("svd", rank=2) for name in some}),
+            },
+            "that it was given",
+        ),
+    ],
+)
+def test_things_of_another_kind_are_refused_by_name(arguments, words):
+    with pytest.raises(PlanError, match=words):
+        rf.compress(CONVNET, stats=STATS, **arguments)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.update(rankfold=1.0),
+        lambda data: data.update(dense_params=10**400),
+        lambda data: data["planning"].update(blocks={"0:2": 3}),
+        lambda data: data["planning"].update(missing=["nothing"]),
+        lambda data: data["layers"][next(iter(data["layers"]))].update(latency=10**400),
+        lambda data: data["layers"][next(iter(data["layers"]))].update({"for": 3}),
+    ],
+)
+def test_damage_is_refused(change):
+    with pytest.raises(PlanError):
+        edited(planned(), change)
+
+
+def test_an_amount_of_numpy_can_be_saved():
+    plan = planned(budget=rf.Budget(params=np.float32(0.5)), multiple=np.int64(2))
+    assert rf.Plan.from_json(plan.to_json()) == plan

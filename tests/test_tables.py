@@ -124,3 +124,8 @@ def test_notebooks_show_the_same_cells():
         cells = [[text for _, text in row] for row in Cells(shown._repr_html_()).rows]
         lines = str(shown).splitlines()
         assert [" ".join(row).split() for row in cells] == [line.split() for line in [lines[0], *lines[2:-2]]]
+
+
+def test_control_characters_reach_no_terminal():
+    shown = text_table(("layer",), [("a\nb\x1b[31m",)], left=("layer",))
+    assert shown.splitlines()[2] == "a\\nb\\x1b[31m"

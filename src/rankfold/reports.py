@@ -24,6 +24,7 @@ from rankfold.latency import Latency, Runtime, time_models
 from rankfold.layers import is_factorised, stock_twin
 from rankfold.planning import Choice, Plan, block_modules, is_block
 from rankfold.stats import Stats, count_bytes, count_params, measure
+from rankfold.surgery import with_named_projections
 
 WIDTH = 120
 WORDS = frozenset({"model", "layer", "method", "reason"})  # columns that are flush left
@@ -189,6 +190,7 @@ def report(  # noqa: PLR0913
     Raises:
         PlanError: Where the plan names layers that the models do not have.
     """
+    model = with_named_projections(model, plan.layers)  # which the plan may have separated
     models = {"before": model, "after": small}
     _check_names(plan, models)
     data = loader if loader is not None else None if example is None else [(example,)]

@@ -21,7 +21,7 @@ def text_table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: Col
         conv    1,200
         head       90
     """
-    table = [tuple(heads), *map(tuple, rows)]
+    table = [tuple(heads), *(tuple(map(_visible, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     table.insert(1, tuple("-" * width for width in widths))
     return "\n".join(
@@ -31,6 +31,11 @@ def text_table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: Col
         ).rstrip()
         for row in table
     )
+
+
+def _visible(text: str) -> str:
+    """Return a text with its control characters escaped: names may come from a file."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def html_table(

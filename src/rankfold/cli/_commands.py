@@ -23,7 +23,7 @@ from rankfold.cli._options import (
     ReportWords,
     TrainWords,
 )
-from rankfold.cli._sources import SourceError, called, example_of, fitting_input, fresh, function_of, model_of
+from rankfold.cli._sources import SourceError, apart, called, example_of, fitting_input, fresh, function_of, model_of
 from rankfold.cli._svd_training import Outcome, train_svd
 from rankfold.demo import demo as run_demo
 from rankfold.exporters import export as export_model
@@ -81,6 +81,7 @@ def compress(o: CompressWords) -> None:
     """Make a model smaller, by a budget or by a plan, and save it together with its plan."""
     fresh(o.out, o.force)
     fresh(o.report, o.force)
+    apart(o.out, o.report)
     if o.plan is None:
         budget = o.budget()
     else:
@@ -114,6 +115,7 @@ def train(o: TrainWords) -> None:
     evaluate = None if o.evaluate is None else function_of(o.evaluate)
     if o.svd is not None:
         fresh(o.plot, o.force)
+        apart(o.out, o.plot)
         if o.small is not None:
             raise SourceError("--svd trains the dense model: leave SMALL out")
         source = model_of(o.model, o.weights, o.device)
@@ -166,6 +168,7 @@ def report(o: ReportWords) -> None:
     """Compare a compressed model with the dense one: sizes, work, time, accuracy, errors."""
     fresh(o.out, o.force)
     fresh(o.plot, o.force)
+    apart(o.out, o.plot)
     given = input_of(o.example, o.dtype, o.data)
     dense, compressed, chosen = pair(o.model, o.weights, o.small, o.device)
     note_random(o.model, o.weights)

@@ -168,6 +168,12 @@ def fresh(path: Path | None, force: bool) -> None:
         raise SourceError(f"{path} exists: choose another name, or add --force to replace it")
 
 
+def apart(one: Path | None, other: Path | None) -> None:
+    """Refuse two outputs in one file."""
+    if one is not None and other is not None and one.resolve() == other.resolve():
+        raise SourceError(f"{one} is named for two outputs: give each a file of its own")
+
+
 def _line(problem: BaseException) -> str:
     lines = str(problem).strip().splitlines() or [""]
     return f"{type(problem).__name__}: {lines[0]}" if not isinstance(problem, RankfoldError) else lines[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from rankfold.errors import DataError, PlanError
 from rankfold.latency import Timing
 from rankfold.pipeline._build import build
 from rankfold.pipeline._plan import planned
-from rankfold.pipeline._work import Data, work_for_plan
+from rankfold.pipeline._work import Data, check_kinds, work_for_plan
 from rankfold.planning import Budget, Plan, Planning
 from rankfold.stats import Stats
 from rankfold.surgery import with_named_projections
@@ -53,8 +54,9 @@ def compress(  # noqa: PLR0913 (twelve at most)
             "evbmf" or a function goes without.
         plan: instead of a budget, a plan that is there: from `plan`, or from JSON, edited perhaps. Its amounts are
             counted again in the plan that is returned.
-        planning: methods, rule, metric, objective and the other options; by default `Planning()`, or with `plan=` those
-            that it was made with.
+        planning: methods, rule, metric, objective and the other options; by default `Planning()`. With `plan=` what
+            comes after planning alone counts (init, seed, batches, mask, loss, blocks, recalibrate, batchnorm), instead
+            of what the plan was made with.
         methods: short for `planning` with these methods, which may be mixed: "svd", "tucker", "cp", "tt", ….
         include: short for `planning` with these names or patterns (`*`, `?`) of the only layers to change.
         exclude: short for `planning` with these names or patterns of layers to leave dense.
@@ -76,18 +78,19 @@ def compress(  # noqa: PLR0913 (twelve at most)
         >>> sum(p.numel() for p in small.parameters()) == found.params
         True
     """
+    check_kinds(budget=budget, plan=plan, planning=planning)
     if plan is None:
         if loader is None and example is None and stats is None:
             raise DataError("compress needs to see the model run: pass a loader of typical inputs, or example=…")
         planning = (planning or Planning()).given(methods=methods, include=include, exclude=exclude)
         plan, work = planned(model, Data.of(loader, example, planning), budget, stats, timing, executor)
-        return build(work, plan), plan
+        return build(replace(work, planning=plan.planning or planning), plan), plan
     made = {"budget": budget, "methods": methods, "include": include, "exclude": exclude, "timing": timing}
     given = [name for name, value in made.items() if value is not None]
     if given:
         raise PlanError(f"plan= says already what becomes of every layer: leave {given[0]}= out, or leave plan= out")
     model = with_named_projections(model, plan.layers)
-    data = Data.of(loader, example, planning or plan.planning or Planning())
-    work = work_for_plan(model, data, stats, executor, plan)
-    plan = plan.checked(model, work.stats)
+    how = plan.planning if planning is None else planning.after(plan.planning)
+    work = work_for_plan(model, Data.of(loader, example, how or Planning()), stats, executor, plan)
+    plan = replace(plan.checked(model, work.stats), planning=how)
     return build(work, plan), plan

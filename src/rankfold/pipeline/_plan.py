@@ -13,7 +13,7 @@ from rankfold.errors import DataError, PlanError
 from rankfold.latency import Timing, time_layers
 from rankfold.pipeline._damage import measure_damage
 from rankfold.pipeline._latency_check import plan_in_time
-from rankfold.pipeline._work import Data, Work, work_for_planning
+from rankfold.pipeline._work import Data, Work, check_kinds, work_for_planning
 from rankfold.planning import AUTO, CALIBRATED, SQUARES, Budget, Candidates, Plan, Planning, candidates, rule_of
 from rankfold.stats import Stats
 
@@ -73,6 +73,7 @@ def plan(  # noqa: PLR0913 (twelve at most)
         >>> found.params <= 0.5 * found.dense.params
         True
     """
+    check_kinds(budget=budget, planning=planning)
     planning = (planning or Planning()).given(methods=methods, include=include, exclude=exclude)
     return planned(model, Data.of(loader, example, planning), budget, stats, timing, executor)[0]
 
@@ -131,7 +132,8 @@ def _candidates(work: Work, quantities: Sequence[str]) -> Candidates:
         executor=work.executor,
         blocks=work.blocks,
     )
-    found = replace(found, whole=replace(found.whole, planning=planning))
+    made = replace(found.whole.planning or planning, objective=planning.objective)
+    found = replace(found, whole=replace(found.whole, planning=made))
     if not calibrated or data.loader is None:
         return found
     limit = TRIED if planning.batches is None else min(TRIED, planning.batches)

@@ -19,7 +19,7 @@ from rankfold.errors import BudgetError, PlanError, StoreError
 from rankfold.pipeline._build import build
 from rankfold.pipeline._plan import planner
 from rankfold.pipeline._scores import Score, monotone, standard_error
-from rankfold.pipeline._work import Data, Work, work_for_planning
+from rankfold.pipeline._work import Data, Work, check_kinds, work_for_planning
 from rankfold.planning import QUANTITIES, Budget, Plan, Planning, Quantity
 from rankfold.stats import Stats
 
@@ -150,6 +150,7 @@ def search(  # noqa: PLR0913 (twelve at most)
         (True, True, True)
     """
     _check(max_drop, quantity, evaluations, margin)
+    check_kinds(planning=planning)
     planning = planning or Planning()
     if planning.init != "decompose":
         raise PlanError("search evaluates models without training them: it goes with init='decompose'")

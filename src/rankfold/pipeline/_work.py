@@ -12,12 +12,27 @@ from torch import nn
 
 from rankfold._common import batch_arguments
 from rankfold.errors import DataError, PlanError
-from rankfold.planning import Blocks, Plan, Planning, check_blocks, is_block
+from rankfold.planning import Blocks, Budget, Plan, Planning, check_blocks, is_block
 from rankfold.stats import Stats, measure
 from rankfold.train import flexible_candidates
 
 ROWS = 20_000  # inputs of a block that a flexible layer is fitted at
 RUN_AGAIN = ("mask", "loss")  # functions of a planning that are needed after planning, too
+
+
+KINDS: Mapping[str, tuple[type, str]] = {
+    "budget": (Budget, "rankfold.Budget(params=0.5)"),
+    "plan": (Plan, "rankfold.Plan, which Plan.from_json(text) reads"),
+    "planning": (Planning, "rankfold.Planning(methods='svd')"),
+}
+
+
+def check_kinds(**given: Any) -> None:
+    """Raise a `PlanError` where an argument is of another kind than its name says."""
+    for name, value in given.items():
+        kind, example = KINDS[name]
+        if value is not None and not isinstance(value, kind):
+            raise PlanError(f"{name}= must be a {example}, got {value!r:.80}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,8 +16,9 @@ from rankfold.planning._blocks import (
 from rankfold.planning._budget import Budget, Measured
 from rankfold.planning._candidates import candidates, planned_metric
 from rankfold.planning._choice import Choice
+from rankfold.planning._fits import fits
 from rankfold.planning._joint import Contest, check_blocks
-from rankfold.planning._layer import fitting, layer_seed, run
+from rankfold.planning._layer import layer_seed, run
 from rankfold.planning._metrics import AUTO, METRICS, check_stats
 from rankfold.planning._names import selected
 from rankfold.planning._objectives import CALIBRATED, OBJECTIVES, SQUARES
@@ -62,7 +63,7 @@ __all__ = [
     "check_blocks",
     "check_stats",
     "excess",
-    "fitting",
+    "fits",
     "fresh_block",
     "is_block",
     "layer_refusal",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,6 +11,7 @@ from rankfold.errors import PlanError
 
 Quantity = Literal["params", "macs", "bytes", "latency"]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
+MOST, LARGEST = 2**63 - 1, 1e300  # amounts beyond these are damage, and would overflow in sums
 LABELS: Mapping[str, str] = MappingProxyType({q: "MACs" if q == "macs" else q for q in QUANTITIES})
 
 
@@ -64,7 +64,7 @@ class Amounts:
                     raise PlanError(
                         f"{prefix}{quantity} of {owner} must be a finite number of seconds >= 0, got {value!r}"
                     )
-            elif type(value) is not int or value < 0:
+            elif type(value) is not int or not 0 <= value <= MOST:
                 raise PlanError(f"{prefix}{quantity} of {owner} must be a whole number >= 0, got {value!r}")
 
 
@@ -77,7 +77,7 @@ def total(amounts: Iterable[Amounts], start: Amounts) -> Amounts:
 
 def is_real(value: Any) -> bool:
     """Tell whether a value is a finite number >= 0."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LARGEST
 
 
 def amount(quantity: str, value: float | None) -> str:

@@ -34,7 +34,10 @@ class Budget:
 
     def __post_init__(self) -> None:
         for quantity, share in self.limits.items():
-            real(f"budget {quantity}", share, most=1, ends="(]", error=BudgetError, why=": it is the fraction kept")
+            known = real(
+                f"budget {quantity}", share, most=1, ends="(]", error=BudgetError, why=": it is the fraction kept"
+            )
+            object.__setattr__(self, quantity, known)
         if not self.limits:
             raise BudgetError(f"a budget limits one or more of {', '.join(QUANTITIES)}, such as Budget(macs=0.5)")
 

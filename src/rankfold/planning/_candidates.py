@@ -91,6 +91,8 @@ def candidates(
     chosen = rule_of(planning.rule)
     limited = (quantities,) if isinstance(quantities, str) else tuple(quantities)
     weightless = _weightless(model, planning, chosen)
+    if weightless:
+        planning = replace(planning, init="random")
     metric = _metric(planning.metric, stats, weightless=weightless)
     objective = SQUARES if planning.objective == AUTO else planning.objective
     request = _Request(planning, limited, weightless, metric, objective)

@@ -142,6 +142,8 @@ def _checked_options(method: str, options: Any) -> dict[str, Any]:
         raise PlanError(f"method {method!r}: an option can't be named {min(taken)!r}, which a plan has a meaning for")
     checked = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     for name, value in checked.items():
+        if known[name] == "bool" and type(value) is not bool:
+            raise PlanError(f"option {name} must be True or False, got {value!r}")
         fraction = isinstance(value, float) and "float" in known[name]
         numbers = isinstance(value, tuple) and not {*map(type, value)} - {int}
         if not (isinstance(value, str | int) or fraction or numbers):

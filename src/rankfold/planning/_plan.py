@@ -130,11 +130,15 @@ class Plan:
     def with_choice(self, name: str, choice: Choice) -> Plan:
         """Return the plan with another choice for one layer.
 
+        What was predicted of the choice before does not stay with the new one, even where that was made of it by
+        `dataclasses.replace`.
+
         Raises:
             PlanError: the plan names no such layer.
         """
-        dense = choice.dense.or_else(self[name].dense)
-        changed = {**self.layers, name: replace(choice, dense=dense)}
+        before = self[name]
+        dense = choice.dense.or_else(before.dense)
+        changed = {**self.layers, name: replace(_unpredicted(choice, before), dense=dense)}
         return replace(self, layers=changed, measured=None)
 
     def checked(self, model: nn.Module, stats: Stats | None = None) -> Plan:
@@ -159,7 +163,7 @@ class Plan:
         head = head_data(self.budget, self.planning, self.dense, self.measured, self.layers)
         words = {"metric": (self.metric, WEIGHTS), "objective": (self.objective, SQUARES)}
         head |= {key: value for key, (value, usual) in words.items() if value != usual}
-        return plan_json(head, self.layers)
+        return plan_json(head, self.layers, (self.metric, self.objective))
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -180,6 +184,18 @@ class Plan:
     def _repr_html_(self) -> str:
         """Return the plan as a table for notebooks."""
         return html_table(*_table(self), left=LEFT, below=_totals(self))
+
+
+def _unpredicted(choice: Choice, before: Choice) -> Choice:
+    """Return a choice without what was predicted of the one before, where it is another: `replace` copies all of it."""
+    if str(choice) == str(before):
+        return choice
+    amounts = Amounts() if choice.amounts == before.amounts else choice.amounts
+    error, damage = (
+        None if getattr(choice, name) == getattr(before, name) else getattr(choice, name)
+        for name in ("error", "damage")
+    )
+    return replace(choice, amounts=amounts, error=error, damage=damage)
 
 
 def _table(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

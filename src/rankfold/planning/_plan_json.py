@@ -6,23 +6,26 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from rankfold._common import near
 from rankfold.errors import BudgetError, PlanError
 from rankfold.planning._amounts import QUANTITIES, Amounts
 from rankfold.planning._budget import Budget, Measured
 from rankfold.planning._choice import DENSE, PREDICTED, RESERVED, Choice
+from rankfold.planning._metrics import WEIGHTS
+from rankfold.planning._objectives import SQUARES
 from rankfold.planning._planning import Planning
 
 VERSION = 1
+Words: TypeAlias = tuple[Any, Any]  # metric and objective of a plan
 HEAD = {"rankfold", "budget", "planning", "measured", "metric", "objective", "layers", *DENSE}
 
 
-def plan_json(head: Mapping[str, Any], layers: Mapping[str, Choice]) -> str:
+def plan_json(head: Mapping[str, Any], layers: Mapping[str, Choice], words: Words) -> str:
     """Return the JSON text of a plan, one line for each entry of its head and for each layer."""
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-    rows = [f"  {json.dumps(name)}: {json.dumps(_choice_data(choice))}" for name, choice in layers.items()]
+    rows = [f"  {json.dumps(name)}: {json.dumps(_choice_data(name, choice, words))}" for name, choice in layers.items()]
     return "{" + ",\n ".join([*lines, '"layers": {\n' + ",\n".join(rows) + "}"]) + "}\n"
 
 
@@ -55,20 +58,21 @@ def read_plan(text: str) -> dict[str, Any]:
         PlanError: not JSON, another version, an unknown key, method or option, a rank that is not an int >= 1.
     """
     data = _load(text)
-    if data.get("rankfold") != VERSION or isinstance(data["rankfold"], bool):
+    if data.get("rankfold") != VERSION or type(data["rankfold"]) is not int:
         raise PlanError(f"a plan of version {data.get('rankfold')!r} cannot be read: this is version {VERSION}")
     _only_keys(data, HEAD, "the plan")
     if not isinstance(data.get("layers"), dict):
         raise PlanError('a plan has an object "layers" with one entry per layer')
-    layers = {name: _read_choice(name, choice) for name, choice in data["layers"].items()}
-    words: dict[str, Any] = {key: data[key] for key in ("metric", "objective") if key in data}
+    words = data.get("metric", WEIGHTS), data.get("objective", SQUARES)
+    layers = {name: _read_choice(name, choice, words) for name, choice in data["layers"].items()}
     return {
         "layers": layers,
         "budget": _read_budget(data.get("budget")),
         "planning": None if data.get("planning") is None else Planning.from_data(data["planning"]),
         "dense": Amounts(*(data.get(key) for key in DENSE)),
         "measured": _read_measured(data.get("measured"), layers),
-        **words,
+        "metric": words[0],
+        "objective": words[1],
     }
 
 
@@ -78,7 +82,13 @@ def _digest(layers: Mapping[str, Choice]) -> str:
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
-def _choice_data(choice: Choice) -> dict[str, Any]:
+def _for(name: str, choice: Choice, words: Words) -> str:
+    """Return what predictions belong to: a layer, what becomes of it, what errors are of and what was made small."""
+    metric, objective = words
+    return f"{name}: {choice}; {choice.metric or metric}, {objective}"
+
+
+def _choice_data(name: str, choice: Choice, words: Words) -> dict[str, Any]:
     data: dict[str, Any] = {"method": choice.method, **choice.options}
     if choice.rank is not None:
         data["rank"] = choice.rank
@@ -86,7 +96,7 @@ def _choice_data(choice: Choice) -> dict[str, Any]:
     rest |= {"error": choice.error, "damage": choice.damage}
     rest = {key: value for key, value in rest.items() if value is not None}
     if rest:
-        rest["for"] = str(choice)
+        rest["for"] = _for(name, choice, words)
     rest |= {f"dense_{quantity}": value for quantity, value in choice.dense.known()}
     return data | rest | {key: value for key in ("reason", "metric") if (value := getattr(choice, key))}
 
@@ -94,7 +104,7 @@ def _choice_data(choice: Choice) -> dict[str, Any]:
 def _load(text: str) -> dict[str, Any]:
     try:
         data = json.loads(text, object_pairs_hook=_no_duplicates)
-    except (json.JSONDecodeError, RecursionError, TypeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError, TypeError) as error:
         raise PlanError(f"a plan is JSON text: {error}") from error
     if not isinstance(data, dict):
         raise PlanError(f"a plan must be a JSON object, got {type(data).__name__}")
@@ -134,25 +144,30 @@ def _read_measured(data: Any, layers: Mapping[str, Choice]) -> Measured | None:
     names = {field.name for field in fields(Measured)}
     if not isinstance(data, dict) or data.keys() - {"for"} != names:
         raise PlanError(f"a measured latency must be an object of {', '.join(sorted(names))}, got {data!r:.80}")
+    if not isinstance(data.get("for"), str | None):
+        raise PlanError(f'"for" of a measured latency must be a text, got {data["for"]!r:.80}')
     measured = Measured(**{name: data[name] for name in names})
     return measured if data.get("for") in (None, _digest(layers)) else None
 
 
-def _read_choice(name: str, data: Any) -> Choice:
+def _read_choice(name: str, data: Any, words: Words) -> Choice:
     if not isinstance(data, dict) or not isinstance(data.get("method"), str):
         raise PlanError(f'layer {name!r} of the plan must be an object with a "method", got {data!r:.80}')
     if not isinstance(data.get("for"), str | None):
         raise PlanError(f'layer {name!r} of the plan: "for" must be a text, got {data["for"]!r:.80}')
     options = {key: value for key, value in data.items() if key not in RESERVED}
-    words = {key: data[key] for key in ("reason", "metric") if key in data}
+    told = {key: data[key] for key in ("reason", "metric") if key in data}
     dense = Amounts(*(data.get(key) for key in DENSE))
     try:
-        bare = Choice(data["method"], data.get("rank"), options, dense=dense, **words)
+        bare = Choice(data["method"], data.get("rank"), options, dense=dense, **told)
         predicted: dict[str, Any] = {key: data.get(key) for key in PREDICTED}
         amounts = Amounts(*(predicted.pop(quantity) for quantity in QUANTITIES))
         whole = replace(bare, amounts=amounts, **predicted)
     except PlanError as error:
         raise type(error)(f"layer {name!r} of the plan: {error}") from error
-    if data.get("for") in (None, str(whole)):
+    belongs = _for(name, whole, words)
+    if data.get("for") in (None, belongs):
         return whole
+    if not data["for"].startswith(f"{name}: "):  # the row of another layer
+        return replace(bare, dense=Amounts(), reason="")
     return replace(bare, amounts=dense, error=0.0) if bare.method == "dense" else replace(bare, reason="")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeAlias
@@ -18,6 +19,10 @@ from rankfold.stats import Loss, Mask
 MethodName: TypeAlias = Literal["svd", "cp", "tucker", "tt", "btt", "kronecker", "ring"]
 MetricName: TypeAlias = Literal["auto", "weights", "outputs", "fisher", "fwsvd", "asvd", "whitening"]
 ObjectiveName: TypeAlias = Literal["auto", "squares", "energy", "loss", "tempered", "calibrated"]
+
+
+AFTER = ("init", "seed", "batches", "mask", "loss", "blocks", "recalibrate", "batchnorm", "missing")
+"""The fields that what comes after planning goes by."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,10 @@ class Planning:
         one_of("init", self.init, INITS, error=PlanError)
         object.__setattr__(self, "multiple", whole("multiple", self.multiple, error=PlanError))
         if self.batches is not None:
-            object.__setattr__(self, "batches", whole("batches", self.batches, error=PlanError))
+            object.__setattr__(self, "batches", min(whole("batches", self.batches, error=PlanError), sys.maxsize))
+        unknown = set(self.missing) - {one.name for one in fields(self)}
+        if unknown:
+            raise PlanError(f"missing names a field {min(unknown)!r} that a planning does not have")
         if type(self.seed) is not int:
             raise PlanError(f"seed must be a whole number, got {self.seed!r}")
         for name in ("recalibrate", "batchnorm"):
@@ -118,6 +126,10 @@ class Planning:
     def given(self, **short: Any) -> Planning:
         """Return the planning with the fields that were given in short form; one that is None was not."""
         return replace(self, **{name: value for name, value in short.items() if value is not None})
+
+    def after(self, made: Planning | None) -> Planning:
+        """Return how a plan was made, with what comes after planning as it is here."""
+        return self if made is None else replace(made, **{name: getattr(self, name) for name in AFTER})
 
     def to_data(self) -> dict[str, Any]:
         """Return the planning as JSON data; `missing` names what that can't hold."""
@@ -147,6 +159,7 @@ class Planning:
         wrong = [name for name in texts if not isinstance(data[name], str)]
         wrong += [name for name in ("mask",) if not isinstance(data.get(name), str | None)]
         wrong += [name for name in ("loss",) if data.get(name) is not None]
+        wrong += [name for name in ("blocks",) if isinstance(data.get(name), Mapping)]
         if wrong:
             raise PlanError(f"{wrong[0]} of a planning must be a name, got {data[wrong[0]]!r:.80}")
         return cls(**data)

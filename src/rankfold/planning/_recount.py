@@ -7,13 +7,13 @@ from dataclasses import replace
 
 from torch import nn
 
-from rankfold._common import near
-from rankfold.errors import PlanError
 from rankfold.layers import Call
 from rankfold.planning._amounts import Amounts
 from rankfold.planning._blocks import SolvedBlock, block_choice, fresh_block, is_block
 from rankfold.planning._choice import Choice
-from rankfold.planning._layer import Job, amounts_of, fitting, untouched
+from rankfold.planning._fits import Fit, fits
+from rankfold.planning._layer import Job, amounts_of, untouched
+from rankfold.planning._metrics import check_stats
 from rankfold.planning._ties import FOLLOWS, as_one, tied_heads
 from rankfold.stats import Stats, walk
 
@@ -22,12 +22,12 @@ def recounted(model: nn.Module, choices: Mapping[str, Choice], stats: Stats | No
     """Return the choices with their amounts on a model; what can't be counted is as the choices say.
 
     Raises:
-        PlanError: a layer that the model doesn't have, or a choice that doesn't fit its layer.
+        PlanError: a layer that the model doesn't have or that can't be replaced, a choice that doesn't fit its layer,
+            or statistics of another model.
     """
     layers, ties = dict(walk(model)), tied_heads(model)
-    for name, choice in choices.items():
-        if not is_block(choice) and name not in layers:
-            raise PlanError(f"the plan names a layer {name!r} that the model doesn't have{near(name, layers)}")
+    check_stats(layers, stats)
+    fitted = fits(model, choices, "random")
     whole = {name: untouched(name, layer, stats) for name, layer in layers.items()}
     for pair in ties.items():
         if _as_one(choices, *pair):
@@ -41,7 +41,7 @@ def recounted(model: nn.Module, choices: Mapping[str, Choice], stats: Stats | No
         amounts = before
         if choice.method != "dense":
             head_calls = stats.layers[ties[name]].calls if stats and name in ties else ()
-            amounts = _amounts(name, layers[name], replace(choice, dense=before), stats, head_calls)
+            amounts = _amounts(name, fitted[name], replace(choice, dense=before), stats, head_calls)
         counted[name] = replace(choice, amounts=amounts.or_else(choice.amounts), dense=before)
     return counted
 
@@ -54,8 +54,8 @@ def _as_one(choices: Mapping[str, Choice], embedding: str, head: str) -> bool:
     return follows or choices[embedding].method != "dense"
 
 
-def _amounts(name: str, layer: nn.Module, choice: Choice, stats: Stats | None, head_calls: tuple[Call, ...]) -> Amounts:
-    twin, cls = fitting(name, layer, choice)
+def _amounts(name: str, fit: Fit, choice: Choice, stats: Stats | None, head_calls: tuple[Call, ...]) -> Amounts:
+    twin, cls = fit
     calls = stats.layers[name].calls if stats else None
     job = Job(name, twin, choice, calls, stats.batch_size if stats else 1, head_calls=head_calls)
     return amounts_of(job, cls, choice.rank or 1, dict(choice.options))

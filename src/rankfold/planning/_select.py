@@ -118,10 +118,18 @@ def _allowed(whole: Plan) -> dict[str, float]:
 
 
 def _selected(select: Select, candidates: Choices, limits: Mapping[str, float]) -> dict[str, Choice]:
-    choices = dict(select(candidates, limits)) if candidates else {}
+    returned = select(candidates, limits) if candidates else {}
+    if not isinstance(returned, Mapping):
+        raise PlanError(f"the rule must return a mapping from names to choices, got {returned!r:.80}")
+    choices = dict(returned)
     if choices.keys() != candidates.keys():
         wrong = sorted(choices.keys() ^ candidates.keys())[0]
         raise PlanError(f"the rule must return one choice for each layer that it was given: see {wrong!r}")
+    for name, choice in choices.items():
+        if not any(choice is one for one in candidates[name]) and choice not in candidates[name]:
+            raise PlanError(
+                f"the rule must return one of the choices that it was given, got {choice!r:.80} for {name!r}"
+            )
     return choices
 
 

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold._common import near, one_of
+from rankfold._common import one_of
 from rankfold.errors import LayerError, PlanError, RankfoldError
 from rankfold.layers import (
     FactorisedLayer,
     Metric,
     TiedHead,
     is_factorised,
-    refusal,
     tied_methods,
     untwinned,
 )
@@ -31,7 +30,7 @@ from rankfold.planning import (
     Planning,
     block_modules,
     check_stats,
-    fitting,
+    fits,
     fresh_block,
     is_block,
     layer_seed,
@@ -39,9 +38,7 @@ from rankfold.planning import (
     run,
     solved_block,
     stand_ins,
-    structural_refusals,
     tied_heads,
-    without_values,
 )
 from rankfold.stats import Stats, walk
 from rankfold.surgery._attention import joined_attention, with_named_projections
@@ -116,7 +113,7 @@ def apply(
     model = with_named_projections(model, plan.layers)
     layers, heads = dict(walk(model)), tied_heads(model)
     check_stats(layers, stats)
-    jobs = _checked(model, layers, heads, plan, init, seed, stats)
+    jobs = _jobs(model, plan, heads, init, seed, stats)
     standing = _blocks(model, plan, blocks or {}, init, seed)
     followers = {job.name: layers[heads[job.name]] for job in jobs if job.name in heads}
     changed = {id(layers[job.name]) for job in jobs} | set(map(id, followers.values()))
@@ -219,49 +216,16 @@ def _dense(layer: nn.Module) -> nn.Module:
     return untwinned(twin.train(layer.training), vars(layer).get(DENSE_TYPE, type(twin)))
 
 
-def _checked(  # noqa: PLR0913
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    heads: Mapping[str, str],
-    plan: Plan,
-    init: Init,
-    seed: int,
-    stats: Stats | None,
+def _jobs(
+    model: nn.Module, plan: Plan, heads: Mapping[str, str], init: Init, seed: int, stats: Stats | None
 ) -> list[_Replacement]:
     """Return the layers to build, after checking that the whole plan fits the model."""
-    refused = _refused(model, layers, heads, init)
+    layers = dict(walk(model))
     jobs = []
-    for name, choice in plan.layers.items():
-        if is_block(choice):
-            continue
-        if name not in layers:
-            raise PlanError(f"the plan names a layer {name!r} that the model doesn't have{near(name, layers)}")
-        if choice.method == "dense":
-            continue
-        layer = layers[name]
-        reason = refused.get(name) or _unfit(layer, init)
-        if reason:
-            raise PlanError(f"layer {name!r} ({type(layer).__name__}) can't be replaced: {reason}")
-        head = heads.get(name)
-        if head is not None and choice.method not in tied_methods():
-            known = " or ".join(tied_methods())
-            raise PlanError(f"layer {name!r} is tied with {head!r}: {known} can replace both, {choice.method!r} can't")
-        metric = planned_metric(plan, name, stats, layers, head) if init == "decompose" else None
-        jobs.append(_checked_job(name, layer, choice, init, seed, metric))
+    for name, (dense, cls) in fits(model, plan.layers, init).items():
+        metric = planned_metric(plan, name, stats, layers, heads.get(name)) if init == "decompose" else None
+        jobs.append(_Replacement(name, dense, cls, plan.layers[name], init, layer_seed(name, seed), metric))
     return jobs
-
-
-def _refused(model: nn.Module, layers: Mapping[str, nn.Module], heads: Mapping[str, str], init: Init) -> dict[str, str]:
-    """Return why some layers can't be replaced; an embedding and its tied head can only be replaced together."""
-    refused = structural_refusals(model)
-    for embedding, head in heads.items():
-        unfit = _unfit(layers[head], init)
-        refused[head] = f"weight is tied with {embedding!r}, whose choice stands for both: leave this one dense"
-        if unfit:
-            refused[embedding] = f"weight is tied with {head!r}, and there {unfit}"
-        else:
-            del refused[embedding]
-    return refused
 
 
 def _blocks(model: nn.Module, plan: Plan, blocks: Blocks, init: Init, seed: int) -> dict[int, nn.Module]:
@@ -279,22 +243,6 @@ def _blocks(model: nn.Module, plan: Plan, blocks: Blocks, init: Init, seed: int)
             layer.reset_parameters(torch.Generator().manual_seed(layer_seed(name, seed)))
         replaced |= stand_ins(model, name, layer)
     return replaced
-
-
-def _unfit(layer: nn.Module, init: Init) -> str | None:
-    """Return why a layer on its own can't be replaced; its values don't matter for a random initialisation."""
-    if init == "random":
-        return refusal(without_values(layer))
-    if any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
-        return "its weight is on the meta device and has no values: use init='random'"
-    return refusal(layer)
-
-
-def _checked_job(
-    name: str, layer: nn.Module, choice: Choice, init: Init, seed: int, metric: Metric | None
-) -> _Replacement:
-    dense, cls = fitting(name, layer, choice)
-    return _Replacement(name, dense, cls, choice, init, layer_seed(name, seed), metric)
 
 
 def _build(job: _Replacement) -> nn.Module:
