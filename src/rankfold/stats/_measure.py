@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -11,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
-from torch.utils.flop_counter import FlopCounterMode
 
 from rankfold._common import (
     Arguments,
@@ -26,6 +27,7 @@ from rankfold._common import (
 )
 from rankfold.errors import DataError, LayerError
 from rankfold.layers import Call, TiedHead, dense_cost, is_factorised, output_rows
+from rankfold.stats._macs import Products
 from rankfold.stats._moments import MEMORY, PATCHES, Sums, bytes_of
 from rankfold.stats._stats import LayerStats, Stats
 from rankfold.stats._walk import count_params, left_alone, uncompiled, walk
@@ -49,8 +51,8 @@ def measure(  # noqa: PLR0913
 
     The model runs in eval mode without gradients. Its training flags, its buffers and torch's random state are
     restored, even after an interruption. Calls and MACs are those of the first batch, and MACs are divided by the batch
-    size (the first dimension of the first tensor of the input). The MACs of the model are those that
-    `torch.utils.flop_counter` counts or the sum over its layers, whichever is larger.
+    size (the first dimension of the first tensor of the input). The MACs of the model are those of its operators or the
+    sum over its layers, whichever is larger; operators without a formula are named in `Stats.uncounted`.
 
     With `moments`, all batches run through the model, and the means of x and of `x x^T` over the inputs x of every
     linear layer and convolution are taken: products of at most 8192 rows in float32 (float64 for float64 inputs),
@@ -136,18 +138,27 @@ def _length(loader: Iterable[Any] | None) -> int | None:
 
 def _first_pass(model: nn.Module, layers: Mapping[str, nn.Module], arguments: Arguments) -> Stats:
     calls: dict[str, list[Call]] = {name: [] for name in layers}
-    counter = FlopCounterMode(display=False)
+    counter = Products()
     args, kwargs = arguments
     with ExitStack() as stack:
         for name, layer in layers.items():
             stack.callback(layer.register_forward_hook(_recorder(calls[name]), with_kwargs=True).remove)
+        # Layers whose hooks would miss a merged stage run stage by stage: that is the work that is counted.
+        stack.callback(register_module_forward_pre_hook(_see).remove)
         stack.enter_context(counter)
         model(*args, **kwargs)
     batch_size = _batch_size(arguments)
     # Still in eval mode: in train mode a spectral norm would take a step whenever the weight is read.
     measured = {name: _layer_stats(layer, tuple(calls[name]), batch_size) for name, layer in layers.items()}
-    macs = max(counter.get_total_flops() // 2 // batch_size, sum(layer.macs for layer in measured.values()))
-    return Stats(measured, count_params(model), macs, batch_size)
+    macs = max(counter.macs // batch_size, sum(layer.macs for layer in measured.values()))
+    uncounted = tuple(sorted(counter.unknown))
+    if uncounted:
+        warnings.warn(
+            f"the multiply-adds of {', '.join(uncounted)} are not counted, since no formula gives them: budgets and "
+            "reports of MACs leave them out",
+            stacklevel=3,
+        )
+    return Stats(measured, count_params(model), macs, batch_size, uncounted=uncounted)
 
 
 def _affordable(layers: Mapping[str, nn.Module], memory: int) -> tuple[dict[str, Sums], dict[str, str]]:
@@ -230,6 +241,10 @@ def _refuse_lazy(model: nn.Module) -> None:
             f"parameter {lazy!r} of a lazy layer has no shape yet and measuring would initialise it: "
             "call the model on a batch first"
         )
+
+
+def _see(_: nn.Module, __: Any) -> None:
+    """Do nothing: that there is a hook on all modules is what counts."""
 
 
 def _recorder(calls: list[Call]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:

@@ -49,6 +49,7 @@ class Stats:
         batch_size: first dimension of the first tensor of the input.
         left_out: if moments were requested, the layers that have none, with the reason.
         times: measured times of the layers, from `rankfold.latency.time_layers`; not saved to files or JSON.
+        uncounted: operators of the model that multiply, and whose multiply-adds no formula gives: they count as none.
     """
 
     layers: Mapping[str, LayerStats]
@@ -57,6 +58,7 @@ class Stats:
     batch_size: int
     left_out: Mapping[str, str] = field(default_factory=dict)
     times: LayerTimes | None = None
+    uncounted: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Return the layers as an aligned table, followed by the whole model."""
@@ -73,6 +75,8 @@ class Stats:
 
     def _totals(self) -> list[str]:
         lines = [f"whole model: {self.params:,} params, {self.macs:,} MACs per example (batch of {self.batch_size})"]
+        if self.uncounted:
+            lines.append(f"without the multiply-adds of {', '.join(self.uncounted)}, which no formula gives")
         lines += [f"no moments of {name or '(model)'}: {reason}" for name, reason in self.left_out.items()]
         if self.times is not None:
             lines.append(f"one pass of the whole model: {1e3 * self.times.whole:.4g} ms ({self.times.setting})")
@@ -137,7 +141,8 @@ class Stats:
             for name, layer in self.layers.items()
         }
         whole = {"params": self.params, "macs": self.macs, "batch_size": self.batch_size}
-        return json.dumps({"rankfold_stats": 1, **whole, "layers": layers})
+        more = {"uncounted": self.uncounted} if self.uncounted else {}
+        return json.dumps({"rankfold_stats": 1, **whole, **more, "layers": layers})
 
     @classmethod
     def from_json(cls, text: str) -> Stats:
@@ -151,7 +156,9 @@ class Stats:
             if data["rankfold_stats"] != 1:
                 raise PlanError(f"statistics of version {data['rankfold_stats']!r} cannot be read: measure again")
             layers = {name: _read_layer(layer) for name, layer in data["layers"].items()}
-            return cls(layers, int(data["params"]), int(data["macs"]), int(data["batch_size"]))
+            uncounted = tuple(map(str, data.get("uncounted", ())))
+            amounts = int(data["params"]), int(data["macs"]), int(data["batch_size"])
+            return cls(layers, *amounts, uncounted=uncounted)
         except PlanError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
