@@ -22,7 +22,7 @@ from rankfold._common import atomic_path, device_of, evaluating, html_table, out
 from rankfold.errors import LayerError, PlanError, RankfoldError
 from rankfold.latency import Latency, Runtime, time_models
 from rankfold.layers import is_factorised, stock_twin
-from rankfold.planning import Choice, Plan, block_modules, is_block
+from rankfold.planning import Choice, Plan, block_modules, is_block, joined, option_text
 from rankfold.stats import Stats, count_bytes, count_params, measure
 from rankfold.surgery import with_named_projections
 
@@ -328,8 +328,8 @@ def _tables(report: Report) -> dict[str, tuple[list[str], list[list[str]]]]:
     layers = [
         {
             "layer": row.name or "(model)",
-            "method": " ".join([row.method, *(_option(*item) for item in row.options.items())]),
-            "rank": "" if row.rank is None else _joined(row.rank),
+            "method": " ".join([row.method, *(option_text(*item) for item in row.options.items())]),
+            "rank": "" if row.rank is None else joined(row.rank),
             "params": _change(row.params),
             "MACs": _change(row.macs),
             "predicted error": _error(row.predicted_error),
@@ -339,14 +339,6 @@ def _tables(report: Report) -> dict[str, tuple[list[str], list[list[str]]]]:
         for row in report.layers
     ]
     return {title: _columns(lines) for title, lines in {"Model": whole, "Layers": layers}.items() if lines}
-
-
-def _option(name: str, value: Any) -> str:
-    return value if isinstance(value, str) else f"{name}={_joined(value)}"
-
-
-def _joined(value: Any) -> str:
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _columns(lines: list[dict[str, str]]) -> tuple[list[str], list[list[str]]]:

@@ -7,8 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from rankfold._common import atomic_path
 from rankfold.cli._given import input_of, note, note_random, one_example, pair
@@ -34,7 +32,7 @@ from rankfold.plots import plot_report, plot_spectra
 from rankfold.reports import report as make_report
 from rankfold.stats import measure as measure_model
 from rankfold.store import save
-from rankfold.train import History, Recipe, fit
+from rankfold.train import Recipe, fit
 
 
 def measure(o: MeasureWords) -> None:
@@ -46,15 +44,7 @@ def measure(o: MeasureWords) -> None:
     if o.as_json:
         typer.echo(stats.to_json())
         return
-    table = Table("layer", "kind", title=f"{o.model}, batch of {stats.batch_size}", title_justify="left")
-    for head in ("params", "MACs", "calls"):
-        table.add_column(head, justify="right")
-    for name, layer in stats.layers.items():
-        table.add_row(name, layer.kind, f"{layer.params:,}", f"{layer.macs:,}", str(len(layer.calls)))
-    table.add_section()
-    table.add_row("whole model", "", f"{stats.params:,}", f"{stats.macs:,}", "")
-    Console().print(table)
-    typer.echo("MACs are per example; parameters of the whole model count shared ones once.")
+    typer.echo(str(stats))
 
 
 def plan(o: PlanWords) -> None:
@@ -142,7 +132,7 @@ def train(o: TrainWords) -> None:
     if o.as_json:
         typer.echo(json.dumps(asdict(history)))
     else:
-        Console().print(_history_table(history))
+        typer.echo(str(history))
     note(f"saved {o.out}")
 
 
@@ -159,7 +149,7 @@ def _show_svd(outcome: Outcome, o: TrainWords) -> None:
     else:
         for history in (outcome.trained, outcome.tuned):
             if history is not None:
-                Console().print(_history_table(history))
+                typer.echo(str(history))
         typer.echo(str(outcome.plan))
     note(f"saved {o.out}")
 
@@ -204,13 +194,3 @@ def export(o: ExportWords) -> None:
 def demo(o: DemoWords) -> None:
     """Train a small network on handwritten digits, compress it with every method, compare (offline)."""
     run_demo(o.out, seed=o.seed)
-
-
-def _history_table(history: History) -> Table:
-    table = Table("epoch", title="Training", title_justify="left")
-    for head in ("loss", "metric", "seconds"):
-        table.add_column(head, justify="right")
-    for row in history.epochs:
-        metric = "" if row.metric is None else f"{row.metric:.4g}"
-        table.add_row(str(row.epoch), f"{row.loss:.4g}", metric, f"{row.seconds:.1f}")
-    return table

@@ -15,7 +15,7 @@ from rankfold.planning._blocks import (
 )
 from rankfold.planning._budget import Budget, Measured
 from rankfold.planning._candidates import candidates, planned_metric
-from rankfold.planning._choice import Choice
+from rankfold.planning._choice import Choice, joined, option_text
 from rankfold.planning._fits import fits
 from rankfold.planning._joint import Contest, check_blocks
 from rankfold.planning._layer import layer_seed, run
@@ -66,8 +66,10 @@ __all__ = [
     "fits",
     "fresh_block",
     "is_block",
+    "joined",
     "layer_refusal",
     "layer_seed",
+    "option_text",
     "plannable",
     "planned_metric",
     "budget_error",

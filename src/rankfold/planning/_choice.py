@@ -95,6 +95,11 @@ class Choice:
         )
 
 
+def option_text(name: str, value: Any) -> str:
+    """Return an option as it is printed in tables: a word alone says which option it is."""
+    return value if isinstance(value, str) else f"{name}={joined(value)}"
+
+
 def joined(value: Any) -> str:
     """Return a value as it is printed in tables: a tuple with crosses between its numbers."""
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)

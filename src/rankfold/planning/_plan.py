@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -13,7 +12,7 @@ from rankfold._common import html_table, near, one_of, text_table
 from rankfold.errors import PlanError
 from rankfold.planning._amounts import LABELS, QUANTITIES, Amounts, amount, total
 from rankfold.planning._budget import Budget, Measured
-from rankfold.planning._choice import Choice, joined
+from rankfold.planning._choice import Choice, joined, option_text
 from rankfold.planning._metrics import METRICS, WEIGHTS
 from rankfold.planning._objectives import CALIBRATED, OBJECTIVES, SQUARES, combined
 from rankfold.planning._plan_json import head_data, plan_json, read_plan
@@ -207,7 +206,7 @@ def _table(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 
 def _row(name: str, choice: Choice, quantities: Sequence[str]) -> tuple[str, ...]:
-    options = ",".join(_option_text(*item) for item in choice.options.items())
+    options = ",".join(option_text(*item) for item in choice.options.items())
     method = f"{choice.method}({options})" if options else choice.method
     return (
         name,
@@ -217,10 +216,6 @@ def _row(name: str, choice: Choice, quantities: Sequence[str]) -> tuple[str, ...
         "-" if choice.error is None else f"{choice.error:.4f}",
         choice.reason or (f"error of the {choice.metric}" if choice.metric else ""),
     )
-
-
-def _option_text(name: str, value: Any) -> str:
-    return value if isinstance(value, str) else f"{name}={joined(value)}"
 
 
 def _change(choice: Choice, quantity: str) -> str:
